@@ -21,6 +21,8 @@ from megalrps.data.permutation import KeyedPermutation
 from megalrps.errors import InputError
 from megalrps.fingerprint import canonical_json
 
+_COUNTED_AT_ONCE = 1 << 20
+
 
 class SampleStream:
     """Samples of the union of ``increments``, each ``sequence_length`` tokens and the token after them.
@@ -71,6 +73,20 @@ class SampleStream:
             row[:] = self.increments[ordinal].dataset.tokens[start : start + length + 1]
         self._check_vocabulary(tokens_NS, ordinals)
         return tokens_NS
+
+    def consumed(self, count: int) -> dict[str, int]:
+        """Of the first ``count`` samples, how many belong to each increment, by its name.
+
+        A full epoch draws every window once, so only the last, partial epoch is enumerated.
+        """
+        epochs = count // self.samples_per_epoch
+        windows = np.diff([*self._window_starts, self.samples_per_epoch])
+        counts = epochs * windows
+        for start in range(epochs * self.samples_per_epoch, count, _COUNTED_AT_ONCE):
+            block = np.arange(start, min(start + _COUNTED_AT_ONCE, count), dtype=np.int64)
+            counts += np.bincount(self.locate(block)[0], minlength=len(windows))
+        names = (increment.manifest.name for increment in self.increments)
+        return dict(zip(names, counts.tolist(), strict=True))
 
     def _permutation(self, epoch: int) -> KeyedPermutation:
         if epoch < 0:

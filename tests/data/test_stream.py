@@ -165,3 +165,11 @@ def test_evaluation_predicts_every_token_but_the_first_once(make_increment, coun
 def test_evaluation_needs_a_token_to_predict(make_increment):
     with pytest.raises(InputError, match="too short to evaluate on"):
         sequential_windows(make_increment(1), LENGTH)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 40, 100])
+def test_consumed_counts_the_samples_of_each_increment(make_increment, count):
+    one, two = make_increment(200, name="one"), make_increment(90, 1000, name="two")
+    stream = SampleStream([one, two], 8, seed=3)
+    ordinals, _ = stream.locate(np.arange(count, dtype=np.int64))
+    assert stream.consumed(count) == {"one": int((ordinals == 0).sum()), "two": int((ordinals == 1).sum())}
