@@ -1,0 +1,1 @@
+"""The model: LLaMA written once for one process and for every layout; imports kernels/, parallel/, checkpoint/."""

@@ -1,0 +1,39 @@
+"""Initial values: a function of (seed, global name, global shape) alone.
+
+Neither the order of construction, nor the stage or the shard that holds a parameter, nor its device changes its values:
+every layout starts from the same model.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from megalrps.model.config import ModelConfig
+from megalrps.model.parameters import ParameterSpec, Role, parameter_specs
+
+
+def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
+    """The whole parameter in fp32 on the CPU: ones for norms, else normal around 0.
+
+    The standard deviation is ``init_method_std``, divided by sqrt(2 x layers) for the two maps of every layer that
+    write to the residual stream (Radford et al. 2019, GPT-2, section 2.3; Megatron does the same).
+    """
+    if spec.role is Role.NORM:
+        return torch.ones(spec.shape)
+    scale = (2 * config.num_layers) ** -0.5 if spec.role is Role.OUTPUT_PROJECTION else 1.0
+    return torch.empty(spec.shape).normal_(std=config.init_method_std * scale, generator=_generator(seed, spec.name))
+
+
+@torch.no_grad()
+def initialise_(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of ``model`` (whole or a stage, unsliced) in place, rounding to the parameter's type."""
+    specs = parameter_specs(config)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(specs[name], config, seed))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A stream of its own for each parameter. Torch's CPU generator uses only 32 bits of a seed."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,0 +1,118 @@
+"""The parts a layout may replace: linear maps, norms, embedding, head, attention and the loss over the vocabulary.
+
+The transformer asks a :class:`Layers` for them by their *global* sizes and never learns how they are cut. A
+tensor-parallel layout hands out column maps that hold a slice of the outputs, row maps that hold a slice of the
+inputs and sum over the ranks, and a loss over a sliced vocabulary; a context-parallel one replaces the attention.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalrps.kernels.attention import attention
+from megalrps.kernels.cross_entropy import cross_entropy
+from megalrps.kernels.rms_norm import rms_norm
+
+
+class Linear(nn.Module):
+    """``x @ weight.T`` without a bias; ``weight`` is [outputs, inputs] and uninitialised."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension; ``weight`` is [size] and uninitialised."""
+
+    def __init__(self, size: int, epsilon: float, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = rms_norm(x, self.weight, self.epsilon)
+        if normed.dtype == torch.float32 and _autocast_enabled(x.device.type):
+            # The linear maps that follow share this input; autocast would make and keep a narrow copy for each of them.
+            return normed.to(torch.get_autocast_dtype(x.device.type))
+        return normed
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    """False also for devices that know no autocast, such as meta, where asking torch directly is an error."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+class Embedding(nn.Module):
+    """The token embedding, and the head too when tied; ``weight`` is [vocabulary, hidden] and uninitialised."""
+
+    def __init__(self, vocabulary: int, hidden: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, hidden, device=device, dtype=dtype))
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        return F.embedding(tokens_BS, self.weight)
+
+    def logits(self, hidden_BSH: Tensor) -> Tensor:
+        """The tied head: the product of every hidden state with every embedding, [B, S, V]."""
+        return F.linear(hidden_BSH, self.weight)
+
+
+class Layers(Protocol):
+    """What a layout provides. Sizes are global; parameters come uninitialised."""
+
+    def column_linear(self, inputs: int, outputs: int) -> nn.Module:
+        """A map whose outputs a layout may slice: the output is this process's slice."""
+
+    def row_linear(self, inputs: int, outputs: int) -> nn.Module:
+        """A map whose inputs a layout may slice, taking a column map's output; the output is whole."""
+
+    def norm(self, size: int, epsilon: float) -> nn.Module:
+        """RMSNorm of the residual stream."""
+
+    def embedding(self, vocabulary: int, hidden: int) -> Embedding:
+        """The token embedding (and tied head)."""
+
+    def head(self, hidden: int, vocabulary: int) -> nn.Module:
+        """The untied head; its output may be this process's slice of the vocabulary."""
+
+    def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
+        """Causal attention of the heads this process holds, [B, S, N, D]."""
+
+    def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+        """Token losses [T] from the head's output. It owns the logits: the backward pass may overwrite them."""
+
+
+@dataclass(frozen=True)
+class LocalLayers:
+    """Everything in one process, on one device (None: torch's default) and in one parameter type."""
+
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    def column_linear(self, inputs: int, outputs: int) -> Linear:
+        return Linear(inputs, outputs, self.device, self.dtype)
+
+    def row_linear(self, inputs: int, outputs: int) -> Linear:
+        return Linear(inputs, outputs, self.device, self.dtype)
+
+    def norm(self, size: int, epsilon: float) -> RMSNorm:
+        return RMSNorm(size, epsilon, self.device, self.dtype)
+
+    def embedding(self, vocabulary: int, hidden: int) -> Embedding:
+        return Embedding(vocabulary, hidden, self.device, self.dtype)
+
+    def head(self, hidden: int, vocabulary: int) -> Linear:
+        return Linear(hidden, vocabulary, self.device, self.dtype)
+
+    def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
+        return attention(query_BSND, key_BSKD, value_BSKD)
+
+    def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+        return cross_entropy(logits_TV, labels_T, overwrite_logits=True)

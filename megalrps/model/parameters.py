@@ -1,0 +1,59 @@
+"""The parameters of a model as data: global names, global shapes and roles, known before anything is built.
+
+Initialisation, conversion, checkpoints and parallel layouts speak of a parameter by its global name, whatever process
+or stage holds it. Imports no torch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from megalrps.model.config import ModelConfig
+
+
+class Role(Enum):
+    """What a parameter is for; it decides the initial values."""
+
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    PROJECTION = "projection"
+    OUTPUT_PROJECTION = "output projection"  # writes to the residual stream
+    HEAD = "head"
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter of the whole model; ``shape`` is the global one, a linear map's is [outputs, inputs]."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+
+
+def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """Every parameter of the model by name, in the order of the forward pass; a tied head has no entry of its own."""
+    return {spec.name: spec for spec in _specs(config)}
+
+
+def _specs(config: ModelConfig) -> Iterator[ParameterSpec]:
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    yield ParameterSpec("embedding.weight", (vocabulary, hidden), Role.EMBEDDING)
+    for layer in range(config.num_layers):
+        yield from _layer_specs(config, f"layers.{layer}")
+    yield ParameterSpec("final_norm.weight", (hidden,), Role.NORM)
+    if config.untie_embeddings_and_output_weights:
+        yield ParameterSpec("head.weight", (vocabulary, hidden), Role.HEAD)
+
+
+def _layer_specs(config: ModelConfig, prefix: str) -> Iterator[ParameterSpec]:
+    hidden, feed_forward = config.hidden_size, config.feed_forward_width
+    query, key_value = config.query_width, config.key_value_width
+    yield ParameterSpec(f"{prefix}.attention_norm.weight", (hidden,), Role.NORM)
+    yield ParameterSpec(f"{prefix}.attention.query.weight", (query, hidden), Role.PROJECTION)
+    yield ParameterSpec(f"{prefix}.attention.key.weight", (key_value, hidden), Role.PROJECTION)
+    yield ParameterSpec(f"{prefix}.attention.value.weight", (key_value, hidden), Role.PROJECTION)
+    yield ParameterSpec(f"{prefix}.attention.output.weight", (hidden, query), Role.OUTPUT_PROJECTION)
+    yield ParameterSpec(f"{prefix}.feed_forward_norm.weight", (hidden,), Role.NORM)
+    yield ParameterSpec(f"{prefix}.feed_forward.gate.weight", (feed_forward, hidden), Role.PROJECTION)
+    yield ParameterSpec(f"{prefix}.feed_forward.up.weight", (feed_forward, hidden), Role.PROJECTION)
+    yield ParameterSpec(f"{prefix}.feed_forward.down.weight", (hidden, feed_forward), Role.OUTPUT_PROJECTION)
