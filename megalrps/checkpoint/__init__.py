@@ -1,0 +1,1 @@
+"""What survives a crash: the store and the lineage of checkpoints; imports the foundation and torch, no other room."""

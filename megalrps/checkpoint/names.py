@@ -1,0 +1,57 @@
+"""The names in a store's directory: committed checkpoints, and what is on its way in or out."""
+
+import re
+import secrets
+from pathlib import Path
+
+from megalrps.errors import InputError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_LEFTOVER = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.[0-9a-f]{16}\.(partial|trash)")
+
+PARTIAL = "partial"
+"""A save under way, or one that died: removed when a writer opens the store."""
+
+TRASH = "trash"
+"""A removal under way, or one that died: removed when a writer opens the store."""
+
+REFUSED = "refused"
+"""A damaged checkpoint that was set aside for a person to look at: never removed by the store."""
+
+
+def checkpoint_name(path: str, step: int) -> str:
+    """The name of the checkpoint of ``path`` at ``step``; of one path, names sort as steps do."""
+    return check_name(f"{path}-{step:08d}")
+
+
+def check_name(name: str) -> str:
+    """``name`` itself; raises InputError when it could leave the directory or hide in it."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"checkpoint name {name!r} is not allowed: use 1 to 100 letters, digits, '.', '_' and '-', "
+            "and begin with a letter or a digit"
+        )
+    return name
+
+
+def hidden_name(name: str, state: str) -> str:
+    """A name never used before for the checkpoint ``name`` in ``state``: PARTIAL, TRASH or REFUSED."""
+    return f".{check_name(name)}.{secrets.token_hex(8)}.{state}"
+
+
+def checkpoint_directories(directory: Path) -> tuple[str, ...]:
+    """The names of all directories in ``directory`` that stand where a committed checkpoint would, sorted.
+
+    Whether they are whole is for :func:`megalrps.checkpoint.manifest.read_manifest` to say. Empty when there is no
+    ``directory``.
+    """
+    if not directory.is_dir():
+        return ()
+    return tuple(
+        sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    )
+
+
+def leftovers(directory: Path) -> tuple[Path, ...]:
+    """The directories that saves and removals which died have left in ``directory``."""
+    return tuple(sorted(entry for entry in directory.iterdir() if _LEFTOVER.fullmatch(entry.name)))

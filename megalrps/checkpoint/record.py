@@ -1,0 +1,88 @@
+"""The record of a checkpoint: what training says of the state it saved, in the terms of the plan. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+RECORD_VERSION = 1
+
+KINDS = ("periodic", "fork", "release", "end")
+"""periodic: within a segment. The others end one: fork, a branch starts here; release, a model ships; end, neither."""
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """Where a checkpoint stands in the lineage, and all that its training depended on."""
+
+    path: str
+    """Name of the path that was being trained."""
+    version: str
+    """The version the segment works for."""
+    kind: str
+    """One of KINDS."""
+    step: int
+    """Updates done, counted from step 0 of the trajectory, what was inherited from the parent included."""
+    parent: str | None
+    """The checkpoint the *segment* began from (never a periodic one: pruning breaks no chain); None: random weights."""
+    segment_fingerprint: str
+    """Plan.segment_fingerprint of the segment: equal fingerprints, equal results."""
+    curve_fingerprint: str
+    """Of the learning-rate curve up to the end of the segment."""
+    plan_fingerprint: str
+    """Of the whole plan at the time."""
+    samples: Mapping[str, int]
+    """Samples consumed so far along the trajectory, by increment."""
+    tokens: int
+    """Tokens consumed so far along the trajectory."""
+    train_seconds: float
+    """Seconds of training along the trajectory, saving and evaluation not counted."""
+    config: Mapping[str, Any]
+    """The resolved configuration, as JSON."""
+    data: Mapping[str, str]
+    """Content fingerprints of the data, by increment."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is none of {KINDS}")
+        if self.step < 1:
+            raise ValueError(f"step {self.step} is before the first update")
+
+    @property
+    def permanent(self) -> bool:
+        """Whether the checkpoint ends a segment: then it is never pruned."""
+        return self.kind != "periodic"
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object a manifest carries as its ``record``."""
+        return {"record_version": RECORD_VERSION} | asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "CheckpointRecord":
+        """The record back; raises ValueError for another version, or a missing, unknown or mistyped field."""
+        if value.get("record_version") != RECORD_VERSION:
+            raise ValueError(f"record version {value.get('record_version')!r} is not {RECORD_VERSION}")
+        members = {key: member for key, member in value.items() if key != "record_version"}
+        if members.keys() != _TYPES.keys():
+            raise ValueError(f"the record's fields differ in {sorted(members.keys() ^ _TYPES.keys())}")
+        for name, kinds in _TYPES.items():
+            if type(members[name]) not in kinds:
+                raise ValueError(f"the record's {name} is a {type(members[name]).__name__}")
+        return CheckpointRecord(**members)
+
+
+_TEXT, _COUNT, _OBJECT = (str,), (int,), (dict,)
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "path": _TEXT,
+    "version": _TEXT,
+    "kind": _TEXT,
+    "step": _COUNT,
+    "parent": (str, type(None)),
+    "segment_fingerprint": _TEXT,
+    "curve_fingerprint": _TEXT,
+    "plan_fingerprint": _TEXT,
+    "samples": _OBJECT,
+    "tokens": _COUNT,
+    "train_seconds": (int, float),
+    "config": _OBJECT,
+    "data": _OBJECT,
+}
