@@ -1,0 +1,123 @@
+"""The processes of one launch: who I am, how many we are, and the group we talk through."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from megalrps.errors import InputError
+
+T = TypeVar("T")
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among those of the launch; ``group`` is None for a process that runs alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one rank that writes logs, metrics and manifests."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add ``tensor`` up over all ranks, in place; returns it."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """What ``decide`` gives on the first rank, on every rank.
+
+        For whatever is read from a place that changes meanwhile, such as a directory: ranks that each look for
+        themselves may see different things, act on them, and wait for one another for ever. An error travels too.
+        """
+        if self.group is None:
+            return decide()
+        answer: list[T | None] = [None]
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                answer[0] = decide()
+            except Exception as raised:
+                error = raised
+        self.agree(error)
+        dist.broadcast_object_list(answer, src=0, group=self.group)
+        return cast(T, answer[0])
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank has an error, so that none is left waiting in a collective.
+
+        The rank with the error raises its own; the others raise an exception of the same kind with its text.
+        Only InputError and RuntimeError travel; any other exception becomes a RuntimeError on the other ranks.
+        """
+        if self.group is None:
+            if error is not None:
+                raise error
+            return
+        texts: list[tuple[bool, str] | None] = [None] * self.size
+        mine = None if error is None else (isinstance(error, InputError), str(error))
+        dist.all_gather_object(texts, mine, group=self.group)
+        if error is not None:
+            raise error
+        for rank, told in enumerate(texts):
+            if told is not None:
+                from_user, text = told
+                raise InputError(text) if from_user else RuntimeError(f"rank {rank}: {text}")
+
+
+@contextmanager
+def open_world(
+    environment: Mapping[str, str], *, device: str, backend: str | None, timeout_minutes: float
+) -> Iterator[World]:
+    """Join the process group that torchrun describes in ``environment``; without torchrun, a world of one.
+
+    device is "auto" (an accelerator if there is one), "cpu" or "cuda"; backend is None for the device's own (nccl on
+    CUDA, gloo on CPU). Raises InputError for a device that is not there or an incomplete torchrun environment.
+    """
+    missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
+    if len(missing) == len(TORCHRUN_VARIABLES) or "RANK" in missing:
+        yield World(0, 1, _device(device, 0), None)
+        return
+    if missing:
+        raise InputError(f"RANK is set but {', '.join(missing)} is not: launch with torchrun, or unset RANK")
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    place = _device(device, int(environment["LOCAL_RANK"]))
+    dist.init_process_group(
+        backend or ("nccl" if place.type == "cuda" else "gloo"),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    try:
+        yield World(rank, size, place, dist.group.WORLD)
+        # A rank that tears the group down while another still uses it can abort the other at exit.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name} is unknown: use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is visible; use --device cpu, or check the driver")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; lower --nproc-per-node"
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place

@@ -1,0 +1,71 @@
+"""Whether a run may go on with the options it is given: whatever would change the result is refused by name."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megalrps.checkpoint.lineage import Lineage
+from megalrps.checkpoint.record import CheckpointRecord
+from megalrps.errors import InputError
+from megalrps.training.prepare import Job
+
+# Sections and options that decide the numbers of a step. What is not here (device, save interval, micro-batch, log)
+# may change from launch to launch; the plan is compared segment by segment, so that it may grow.
+_DECISIVE_SECTIONS = ("model", "optimizer")
+_DECISIVE_OPTIONS = (
+    ("data", "seq_length"),
+    ("training", "global_batch_size"),
+    ("training", "bf16"),
+    ("training", "seed"),
+)
+
+
+def check_continuation(lineage: Lineage, job: Job, run: Path) -> None:
+    """Raise InputError where ``job`` is not the one that ``run`` was trained with, or does not extend it.
+
+    The message names each differing flag with the old and the new value. A plan may gain increments; what has been
+    trained must be in it, unchanged.
+    """
+    known = {job.plan.segment_fingerprint(segment) for segment in job.plan.segments}
+    for name in lineage.all():
+        record = lineage.records[name]
+        differences = [*_settings(record, job), *_data(record, job)]
+        if record.segment_fingerprint not in known:
+            differences += list(_plan(record, job)) or [f"path {record.path} is not in the plan as it was trained"]
+        if differences:
+            raise InputError(
+                f"--save {run} holds {name}, trained with other options: {'; '.join(differences)}. "
+                "Give the old options to go on, or name another directory"
+            )
+
+
+def _settings(record: CheckpointRecord, job: Job) -> Iterator[str]:
+    now = job.resolved()
+    for section in _DECISIVE_SECTIONS:
+        yield from _differing(record.config.get(section, {}), now[section], sorted(now[section]))
+    for section, option in _DECISIVE_OPTIONS:
+        yield from _differing(record.config.get(section, {}), now[section], [option])
+
+
+def _plan(record: CheckpointRecord, job: Job) -> Iterator[str]:
+    now = job.resolved()["plan"]
+    yield from _differing(record.config.get("plan", {}), now, sorted(now))
+
+
+def _data(record: CheckpointRecord, job: Job) -> Iterator[str]:
+    now = job.data_fingerprints()
+    for name, content in record.data.items():
+        if name not in now:
+            yield f"increment {name} is missing from --increments"
+        elif now[name] != content:
+            yield f"increment {name} has other content than the one trained on"
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any], options: list[str]) -> Iterator[str]:
+    for option in options:
+        if old.get(option) != new[option]:
+            yield f"--{option.replace('_', '-')} was {_text(old.get(option))} and is {_text(new[option])}"
+
+
+def _text(value: Any) -> str:
+    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)

@@ -1,0 +1,82 @@
+"""metrics.jsonl: one JSON object a step, in the order of execution, and never a line of work that was lost."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megalrps.errors import InputError
+from megalrps.files import replacing
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl.
+
+    ``step`` counts optimizer updates along the path's trajectory, what it inherited from its parent included;
+    ``tokens`` and ``samples`` likewise. ``loss`` is in nats per token, ``mfu`` a fraction or None (peak not known).
+    """
+
+    path: str
+    version: str
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    samples: int
+    seconds: float
+    tokens_per_second: float
+    mfu: float | None = None
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl; opening it drops the lines that no checkpoint covers (work a killed launch lost).
+
+    covered: for each path, the last step that a committed checkpoint holds.
+    """
+
+    def __init__(self, path: Path, covered: Mapping[str, int]) -> None:
+        self.dropped = _drop_lost_lines(path, covered) if path.exists() else 0
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one step; a reader sees whole lines only."""
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make all lines durable: called before a checkpoint is committed, so that the checkpoint covers them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _drop_lost_lines(path: Path, covered: Mapping[str, int]) -> int:
+    """Rewrite ``path`` without the lines beyond ``covered``; returns how many were dropped."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept: list[bytes] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            inside = entry["step"] <= covered.get(entry["path"], 0)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # a launch killed in the middle of a write leaves half a line, and only there
+                continue
+            raise InputError(f"{path}:{number} is not a line of metrics: restore the file or move it away") from error
+        if inside and line.endswith(b"\n"):
+            kept.append(line)
+    if len(kept) < len(lines):
+        with replacing(path) as file:
+            file.writelines(kept)
+    return len(lines) - len(kept)

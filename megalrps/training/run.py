@@ -1,0 +1,146 @@
+"""A run: a checked job in its directory, with the state that is being trained and the record of what has been."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalrps.checkpoint.lineage import Lineage, read_lineage
+from megalrps.checkpoint.names import checkpoint_name
+from megalrps.checkpoint.record import CheckpointRecord
+from megalrps.checkpoint.store import Store
+from megalrps.config import Config
+from megalrps.data.permutation import IMPLEMENTATION
+from megalrps.files import write_json, write_text
+from megalrps.fingerprint import fingerprint
+from megalrps.model.transformer import Transformer
+from megalrps.parallel.buffers import FlatBuffers
+from megalrps.parallel.world import World
+from megalrps.paths.cost import cost_steps
+from megalrps.paths.plan import Segment
+from megalrps.training.console import Log
+from megalrps.training.continuation import check_continuation
+from megalrps.training.describe import describe_size
+from megalrps.training.metrics import MetricsFile
+from megalrps.training.optimizer import Optimizer
+from megalrps.training.prepare import Job, prepare
+from megalrps.training.run_directory import RunDirectory
+from megalrps.training.state import TrainState
+
+
+@dataclass
+class Run:
+    """One launch's hold on a run directory. ``metrics`` is None on every rank but the first."""
+
+    job: Job
+    world: World
+    directory: RunDirectory
+    store: Store
+    lineage: Lineage
+    state: TrainState
+    metrics: MetricsFile | None
+    log: Log
+
+    def finished(self, segment: Segment) -> str | None:
+        """The checkpoint that ended ``segment``, or None where it is still to be trained."""
+        return self.lineage.finished(segment.path, segment.end, self.job.plan.segment_fingerprint(segment))
+
+    def source(self, segment: Segment) -> str | None:
+        """The checkpoint that ``segment`` starts from; None: the random initialisation."""
+        fork = self.job.plan.source(segment)
+        return checkpoint_name(fork.path, fork.step) if fork else None
+
+    def load_first(self, names: list[str]) -> CheckpointRecord:
+        """Load the first undamaged of ``names`` into the live state; set aside, and say, the damaged before it."""
+        loaded = self.store.load_first(names, self.state.tensors())
+        for refusal, name in zip(loaded.refused, names, strict=False):
+            self.log.say(f"{refusal}; kept as {self.store.set_aside(name)}")
+        record = self.lineage.records[loaded.manifest.name]
+        self.state.checkpoint = loaded.manifest.name
+        self.state.path, self.state.step, self.state.train_seconds = record.path, record.step, record.train_seconds
+        return record
+
+    def commit(self, segment: Segment, kind: str) -> None:
+        """Save the live state, durably, as a ``kind`` of checkpoint of ``segment``; drop those it outdates."""
+        if self.metrics is not None:
+            self.metrics.sync()  # a checkpoint covers only lines that are on the disk
+        name = checkpoint_name(segment.path, self.state.step)
+        self.store.save(name, self.state.tensors(), self._record(segment, kind).to_json())
+        self.state.checkpoint = name
+        self.lineage = self.world.decided(lambda: read_lineage(self.store.directory))
+        for outdated in self.lineage.prunable(self.job.config.checkpoint.save_keep):
+            self.store.remove(outdated)
+
+    def _record(self, segment: Segment, kind: str) -> CheckpointRecord:
+        job, step = self.job, self.state.step
+        tokens = step * job.config.training.global_batch_size * job.config.data.seq_length
+        return CheckpointRecord(
+            path=segment.path,
+            version=segment.version,
+            kind=kind,
+            step=step,
+            parent=self.source(segment),
+            segment_fingerprint=job.plan.segment_fingerprint(segment),
+            curve_fingerprint=fingerprint(job.plan.path(segment.path).curve.until(segment.end).to_json()),
+            plan_fingerprint=job.plan.fingerprint,
+            samples=job.consumed(segment.path, step),
+            tokens=tokens,
+            train_seconds=self.state.train_seconds,
+            config=job.resolved(),
+            data=job.data_fingerprints(),
+        )
+
+
+@contextmanager
+def open_run(config: Config, world: World) -> Iterator[Run]:
+    """Check everything, take hold of the run directory, and stand ready to train what its plan still lacks.
+
+    Collective. Raises InputError, before anything is trained or written over, for options, data or a directory that
+    cannot be used or that belong to another run.
+    """
+    with ExitStack() as stack:
+        job = prepare(config, world.size)
+        directory = RunDirectory(Path(str(config.checkpoint.save)))
+        world.decided(lambda: _take_hold(directory, stack))
+        store = Store(directory.checkpoints, world.group)
+        store.prepare()
+        lineage = world.decided(lambda: read_lineage(store.directory))
+        check_continuation(lineage, job, directory.root)
+        yield _opened(job, world, directory, store, lineage, stack)
+
+
+def _take_hold(directory: RunDirectory, stack: ExitStack) -> None:
+    directory.create()
+    stack.enter_context(directory.held())
+
+
+def _opened(job: Job, world: World, directory: RunDirectory, store: Store, lineage: Lineage, stack: ExitStack) -> Run:
+    metrics = None
+    if world.is_first:
+        write_json(directory.plan, job.plan.to_json())
+        write_text(directory.config, job.config.to_yaml())
+        metrics = stack.enter_context(MetricsFile(directory.metrics, _covered(lineage)))
+    done = sum(s.steps for s in job.plan.segments if lineage.finished(s.path, s.end, job.plan.segment_fingerprint(s)))
+    total = cost_steps(job.plan)
+    log = stack.enter_context(Log(job.config.logging, speaks=world.is_first, total_steps=total, done_steps=done))
+    log.say(describe_size(job, world.size))
+    log.say(f"run         {directory.root}: {done:,} of {total:,} steps done; sample order by {IMPLEMENTATION} code")
+    for reason in lineage.refused.values():
+        log.say(f"not used: {reason}")
+    if metrics is not None and metrics.dropped:
+        log.say(f"dropped {metrics.dropped} lines of metrics that no checkpoint covers: those steps are done again")
+    return Run(job, world, directory, store, lineage, _uninitialised_state(job, world), metrics, log)
+
+
+def _covered(lineage: Lineage) -> dict[str, int]:
+    """For each path, the last step that a checkpoint holds."""
+    covered: dict[str, int] = {}
+    for record in lineage.records.values():
+        covered[record.path] = max(covered.get(record.path, 0), record.step)
+    return covered
+
+
+def _uninitialised_state(job: Job, world: World) -> TrainState:
+    model = Transformer(job.model).to(world.device)
+    buffers = FlatBuffers(model)
+    return TrainState(model, buffers, Optimizer(buffers, job.config.optimizer))

@@ -1,0 +1,92 @@
+"""The run directory: what lies where, and one launch in it at a time."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalrps.errors import InputError
+
+_MARK = "plan.json"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run; documented in docs/run_directory.md."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        """The plan as last resolved: the tree of paths and the order of its segments."""
+        return self.root / _MARK
+
+    @property
+    def config(self) -> Path:
+        """The resolved options as YAML; ``--config`` reads it back."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory a committed checkpoint."""
+        return self.root / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON file a release: its loss on every held-out part."""
+        return self.root / "evaluations"
+
+    @property
+    def summary(self) -> Path:
+        """What the run came to."""
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The page a person reads."""
+        return self.root / "report.html"
+
+    def create(self) -> None:
+        """Make the directory, or accept an existing run's.
+
+        Raises InputError for a place that cannot be written or that holds something else than a run.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            strangers = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(".")]
+            if strangers and not self.plan.exists():
+                raise InputError(
+                    f"--save {self.root} is not empty and not a run directory (it holds {strangers[0]}): "
+                    "name a new directory"
+                )
+            self.checkpoints.mkdir(exist_ok=True)
+            self.evaluations.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--save {self.root} cannot be written ({error.strerror}): name a directory that can"
+            ) from error
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a second launch out of the directory while the block runs (an advisory lock; one host)."""
+        try:
+            descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(f"--save {self.root} cannot be written ({error.strerror})") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(
+                    f"--save {self.root}: another launch is training here; wait for it or name another directory"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)

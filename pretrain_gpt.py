@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""The entry: parse, build, run.
+
+torchrun --nproc-per-node 2 pretrain_gpt.py --config examples/quickstart.yaml --increments A B --save RUN
+"""
+
+import json
+import os
+import sys
+
+from megalrps.commandline import run_tool
+from megalrps.config import Config, parse_config
+
+
+def main() -> None:
+    """Train what the plan still lacks, evaluate its releases, and write summary and report."""
+    config = parse_config(sys.argv[1:])
+    if config.dry_run:
+        describe(config)
+    else:
+        pretrain(config)
+
+
+def describe(config: Config) -> None:
+    """What ``--dry-run`` prints."""
+    from megalrps.training.describe import describe_job, job_as_json
+    from megalrps.training.prepare import prepare
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    job = prepare(config, world_size)
+    print(json.dumps(job_as_json(job, world_size)) if config.json else describe_job(job, world_size))
+
+
+def pretrain(config: Config) -> None:
+    """What a launch does; every rank runs it."""
+    from megalrps.evaluation.releases import evaluate_releases, finish_run
+    from megalrps.parallel.world import open_world
+    from megalrps.training.loop import train
+    from megalrps.training.run import open_run
+
+    runtime = config.runtime
+    with (
+        open_world(
+            os.environ,
+            device=runtime.device,
+            backend=runtime.distributed_backend,
+            timeout_minutes=runtime.distributed_timeout_minutes,
+        ) as world,
+        open_run(config, world) as run,
+    ):
+        train(run)
+        evaluate_releases(run)
+        if world.is_first:
+            finish_run(run)
+
+
+if __name__ == "__main__":
+    run_tool(main, "pretrain_gpt.py")
