@@ -30,7 +30,7 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
         sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ def fingerprint(value: Any) -> str:
 
 
 def file_digest(path: Path | str) -> str:
-    """SHA-256 of the bytes of the file ``path``, as 64 hexadecimal digits; memory use does not depend on the file's size."""
+    """SHA-256 of the bytes of the file ``path``, as 64 hexadecimal digits; reads it in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_READ_BYTES):

@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make quickstart` (set-up and the main job) and `make test`.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(abspath $(VENV))/bin
+# What every launch script of examples/ reads; set on the command line: make quickstart CORPUS=DIR RUN=runs/mine
+export CORPUS RUN RANKS TRAIN_ARGS
+
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+
+.PHONY: quickstart compare test lint setup dev clean help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: setup  ## train v1, v2 and v3 of a small LLaMA by path switching on real text (CPU, minutes)
+	@PATH="$(BIN):$$PATH" examples/quickstart.sh
+
+compare: setup  ## train the same increments by ptfs, cpt and lrps and print perplexities beside costs
+	@PATH="$(BIN):$$PATH" examples/compare.sh
+
+test: dev  ## the test suite (CPU; what needs a GPU is skipped and says so)
+	@$(BIN)/python -m pytest
+
+lint: dev  ## style, types and the floors of the house
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+setup: $(VENV)/.installed  ## the package in its own virtual environment
+
+dev: $(VENV)/.installed-dev  ## the same with what tests and lint need
+
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:  ## remove build products (never runs/)
+	rm -rf build dist *.egg-info megalrps/*.so .pytest_cache .mypy_cache .ruff_cache
