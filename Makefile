@@ -3,8 +3,11 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 BIN     := $(abspath $(VENV))/bin
+# setuptools warns of every editable install
+PIP     := PYTHONWARNINGS=ignore $(BIN)/python -m pip --quiet
 # What every launch script of examples/ reads; set on the command line: make quickstart CORPUS=DIR RUN=runs/mine
-export CORPUS RUN RANKS TRAIN_ARGS
+# (what is not set is empty there, and the script's own default holds)
+export CORPUS DATA RUN RANKS TRAIN_ARGS
 
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 
@@ -34,12 +37,14 @@ dev: $(VENV)/.installed-dev  ## the same with what tests and lint need
 
 $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@$(PIP) install --upgrade pip
+	$(PIP) install --constraint constraints.txt --editable .
+	@$(BIN)/python -c 'import megalrps._native' 2>/dev/null || \
+	    echo 'WARNING: megalrps._native was not built (it needs a C++20 compiler). Everything works; numpy computes the sample order.'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:  ## remove build products (never runs/)

@@ -37,7 +37,10 @@ def pretrain(config: Config) -> None:
     from megalrps.parallel.world import open_world
     from megalrps.training.loop import train
     from megalrps.training.run import open_run
+    from megalrps.training.signals import die_with_launcher
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_launcher()
     runtime = config.runtime
     with (
         open_world(

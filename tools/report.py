@@ -59,6 +59,8 @@ def _show(report: Report, console: Console) -> None:
     for table in report.tables:
         console.print(terminal_table(table))
         console.print()
+    for name, value in report.facts:
+        console.print(f"{name}: {value}", markup=False, highlight=False)
     # soft_wrap: a path cut by the console's width cannot be clicked or copied
     console.print(f"report: {report.page}", markup=False, highlight=False, soft_wrap=True)
 

@@ -19,7 +19,7 @@ from megalrps.evaluation.run_files import Run
 from megalrps.evaluation.run_tables import cost_by_paradigm
 from megalrps.evaluation.summary import SUMMARY_FILE, Release, write_comparison_summary
 from megalrps.evaluation.tables import Cell, Table, number_column, table_of_columns
-from megalrps.evaluation.words import count, duration, joined, short_count
+from megalrps.evaluation.words import count, joined, short_count
 from megalrps.paths.cost import REFERENCE
 from megalrps.training.run_directory import RunDirectory
 
@@ -101,7 +101,7 @@ def write_comparison(comparison: Comparison, page: Path | str) -> Report:
     drawings = write_page(page, html, pictures)
     summaries = {paradigm: run.summary for paradigm, run in comparison.runs.items() if run.summary}
     write_comparison_summary(page.parent / SUMMARY_FILE, summaries)
-    return Report(page, drawings, tables, warnings)
+    return Report(page, drawings, tables, (), warnings)
 
 
 def _pictures(comparison: Comparison) -> tuple[Picture, Picture]:
@@ -134,17 +134,15 @@ def paradigm_table(comparison: Comparison) -> Table:
     steps = [run.trained_steps for run in runs.values()]
     tokens = [Cell(short_count(run.trained_steps * run.tokens_per_step)) for run in runs.values()]
     parts = [Cell(f"{100 * run.trained_steps / cost_by_paradigm(run)[REFERENCE]:.1f} %") for run in runs.values()]
-    times = [Cell(duration(run.summary.wall_seconds)) for run in runs.values() if run.summary]
     header = (
         "paradigm",
         *comparison.versions,
         "steps",
         "tokens",
         f"of {REFERENCE}",
-        "wall time",
     )
     names = [Cell(paradigm) for paradigm in runs]
-    columns = [names, *means, number_column(steps, "{:,.0f}"), tokens, parts, times]
+    columns = [names, *means, number_column(steps, "{:,.0f}"), tokens, parts]
     note = (
         "Perplexity: arithmetic mean over the held-out parts of the increments that the version was trained on. "
         "Lower is better."

@@ -32,11 +32,12 @@ PAGE_FILE = "report.html"
 
 @dataclass(frozen=True)
 class Report:
-    """What was written, and the tables a terminal may show too."""
+    """What was written, and the tables and facts a terminal may show too."""
 
     page: Path
     drawings: tuple[Path, ...]
     tables: tuple[Table, ...]
+    facts: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
 
 
@@ -57,7 +58,7 @@ def write_report(run: Run, page: Path | str) -> Report:
         footer=f"Made by megalrps {__version__} from {_sources(run)}; plan {run.plan.fingerprint}.",
     )
     drawings = write_page(page, html, tuple(pictures.values()))
-    return Report(page, drawings, tables, warnings)
+    return Report(page, drawings, tables, tuple(facts(run)), warnings)
 
 
 def write_page(page: Path, html: str, pictures: Sequence[Picture]) -> tuple[Path, ...]:

@@ -1,5 +1,7 @@
 """The tables and facts of one run: every number from its files, or counted from its plan."""
 
+from pathlib import PurePath
+
 from megalrps.evaluation.run_files import Run
 from megalrps.evaluation.tables import MISSING, Cell, Table, number_column, table_of_columns
 from megalrps.evaluation.words import count, duration, short_count
@@ -22,6 +24,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("steps trained", steps),
         ("tokens trained", short_count(run.trained_steps * per_step)),
         ("tokens a step", count(per_step)),
+        ("training loss", f"{run.metrics.records[0].loss:.2f} → {run.metrics.records[-1].loss:.2f}"),
     ]
     summary = run.summary
     if summary:
@@ -53,7 +56,7 @@ def version_table(run: Run) -> Table:
                 Cell(count(path.end)),
                 Cell(short_count(path.end * run.tokens_per_step)),
                 Cell(count(costs[path.release])),
-                Cell(release.checkpoint if release else "not released yet"),
+                Cell(PurePath(release.checkpoint).name if release else "not released yet"),
             )
         )
     header = ("version", "starts from", "ends at step", "tokens in its past", "steps paid for it", "checkpoint")
@@ -102,7 +105,13 @@ def cost_table(run: Run) -> Table:
         for name, steps in sorted(costs.items(), key=lambda item: -item[1])
     )
     header = ("paradigm", "what it does", "steps", "tokens", f"of {REFERENCE}")
-    return Table(f"Cost of all {len(run.plan.releases)} versions", header, rows, _alpha_note(alphas), ("what it does",))
+    return Table(
+        f"Cost of all {len(run.plan.releases)} versions",
+        header,
+        rows,
+        _alpha_note(run.alpha or alphas),
+        ("what it does",),
+    )
 
 
 def _alpha_note(alphas: tuple[float, ...] | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.console import Group
@@ -58,7 +59,8 @@ def terminal_table(table: Table) -> Group:
     """``table`` for a rich console, its caption above and its note below; the best of a column is bold and starred."""
     shown = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(table.header):
-        shown.add_column(Text(name), justify="left" if table.is_text(index) else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if table.is_text(index) else "right"
+        shown.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not table.is_text(index) or index == 0)
     for row in table.rows:
         shown.add_row(
             *(Text(f"{cell.text} *" if cell.best else cell.text, "bold" if cell.best else "") for cell in row)

@@ -14,8 +14,9 @@ from megalrps.training.options import LoggingOptions
 def step_line(metrics: StepMetrics, last_step: int) -> str:
     """The log line of one update; ``last_step`` is where its segment ends."""
     width = len(str(last_step))
+    where = metrics.path if metrics.path == metrics.version else f"{metrics.path} -> {metrics.version}"
     parts = [
-        f"{metrics.path:>6} -> {metrics.version}",
+        f"{where:>10}",
         f"step {metrics.step:>{width}}/{last_step}",
         f"loss {metrics.loss:.4f}",
         f"grad norm {metrics.grad_norm:.3f}",

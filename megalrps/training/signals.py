@@ -1,0 +1,20 @@
+"""What a rank does when the world around it ends."""
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this rank when the launcher that started it dies, however it dies.
+
+    torchrun gives its workers sessions of their own: killed with -9, or by a batch system's hard limit, it leaves them
+    training, and they would write beside the next launch on the same directory. Linux only, as the project is.
+    """
+    launcher = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != launcher:  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
