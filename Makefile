@@ -7,7 +7,7 @@ BIN     := $(abspath $(VENV))/bin
 PIP     := PYTHONWARNINGS=ignore $(BIN)/python -m pip --quiet
 # What every launch script of examples/ reads; set on the command line: make quickstart CORPUS=DIR RUN=runs/mine
 # (what is not set is empty there, and the script's own default holds)
-export CORPUS DATA RUN RANKS TRAIN_ARGS
+export CORPUS PARTS DATA RUN RANKS TRAIN_ARGS
 
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 

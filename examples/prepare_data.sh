@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Text to increments: three from this Python's standard library, or one per part of a folder of dated JSON lines.
+# Text to increments: three from this Python's standard library, or from a folder of dated JSON lines: the parts it is
+# already cut into (NAME.train.jsonl, NAME.val.jsonl), else PARTS (3) of equal size in the order of their dates.
 #   examples/prepare_data.sh DIR [CORPUS]     leaves DIR/NAME.{train,valid}_text_document.{bin,idx,json}
 # Each tool says "up to date" and stops where its output is already there.
 set -euo pipefail
@@ -8,8 +9,10 @@ DIR=$1
 CORPUS=${2:-}
 VOCAB_SIZE=${VOCAB_SIZE:-2048}
 
-if [[ -n "$CORPUS" ]]; then
+if [[ -n "$CORPUS" ]] && compgen -G "$CORPUS/*.train.jsonl*" > /dev/null; then
     python tools/split_increments.py --input "$CORPUS" --output "$DIR/text"
+elif [[ -n "$CORPUS" ]]; then
+    python tools/split_increments.py --input "$CORPUS" --output "$DIR/text" --parts "${PARTS:-3}"
 else
     python tools/make_corpus.py --output "$DIR/text"
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Three version updates of a small LLaMA by learning rate path switching, on real text, on a CPU.
 #   examples/quickstart.sh                     text of this Python's standard library
-#   CORPUS=DIR examples/quickstart.sh          a folder of dated JSON lines instead
+#   CORPUS=DIR examples/quickstart.sh          a folder of dated JSON lines instead, in PARTS (3) by date
 #   TRAIN_ARGS="--lr 1e-3" RUN=runs/mine ...   other options, another run directory
 # Killed or finished, it goes on from what is there.
 set -euo pipefail

@@ -5,6 +5,7 @@ from typing import Any
 
 import distributed_harness
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -19,3 +20,11 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
         return distributed_harness.run_ranks(rendezvous, world_size, function, *args, timeout=timeout)
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and say so in the summary (pytest -ra)."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if needing and not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
