@@ -28,7 +28,8 @@ def describe(config: Config) -> None:
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     job = prepare(config, world_size)
-    print(json.dumps(job_as_json(job, world_size)) if config.json else describe_job(job, world_size))
+    if os.environ.get("RANK", "0") == "0":  # under torchrun too, one answer
+        print(json.dumps(job_as_json(job, world_size)) if config.json else describe_job(job, world_size))
 
 
 def pretrain(config: Config) -> None:

@@ -23,6 +23,7 @@ _PRELOADED = [
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
+    "megalrps.evaluation.releases",  # and with it all that a launch needs
 ]
 _SECONDS_TO_FOLLOW = 10.0  # how long the peers of a failed rank may take to notice, before they are killed
 

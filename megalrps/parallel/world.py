@@ -42,18 +42,21 @@ class World:
         For whatever is read from a place that changes meanwhile, such as a directory: ranks that each look for
         themselves may see different things, act on them, and wait for one another for ever. An error travels too.
         """
-        if self.group is None:
-            return decide()
-        answer: list[T | None] = [None]
-        error: Exception | None = None
-        if self.is_first:
-            try:
-                answer[0] = decide()
-            except Exception as raised:
-                error = raised
-        self.agree(error)
-        dist.broadcast_object_list(answer, src=0, group=self.group)
+        answer = [self.together(decide if self.is_first else lambda: None)]
+        if self.group is not None:
+            dist.broadcast_object_list(answer, src=0, group=self.group)
         return cast(T, answer[0])
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What ``act`` gives on this rank, once it has succeeded on every rank; see :meth:`agree` where it has not."""
+        answer: T | None = None
+        error: Exception | None = None
+        try:
+            answer = act()
+        except Exception as raised:
+            error = raised
+        self.agree(error)
+        return cast(T, answer)
 
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that none is left waiting in a collective.

@@ -84,4 +84,9 @@ def _summary_writer(directory: str) -> Any:
         raise InputError(
             "--tensorboard-dir needs the package tensorboard: pip install 'megalrps[tracking]', or leave it out"
         ) from error
-    return SummaryWriter(directory)
+    try:
+        return SummaryWriter(directory)
+    except OSError as error:
+        raise InputError(
+            f"--tensorboard-dir {directory} cannot be written ({error.strerror}): name a directory that can"
+        ) from error

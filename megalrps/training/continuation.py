@@ -31,7 +31,8 @@ def check_continuation(lineage: Lineage, job: Job, run: Path) -> None:
         record = lineage.records[name]
         differences = [*_settings(record, job), *_data(record, job)]
         if record.segment_fingerprint not in known:
-            differences += list(_plan(record, job)) or [f"path {record.path} is not in the plan as it was trained"]
+            differences += _plan(record, job)
+            differences = differences or [*_order(record, job)] or [f"path {record.path} is not in the plan any more"]
         if differences:
             raise InputError(
                 f"--save {run} holds {name}, trained with other options: {'; '.join(differences)}. "
@@ -52,6 +53,13 @@ def _plan(record: CheckpointRecord, job: Job) -> Iterator[str]:
     yield from _differing(record.config.get("plan", {}), now, sorted(now))
 
 
+def _order(record: CheckpointRecord, job: Job) -> Iterator[str]:
+    """What is left to differ where all options and contents agree: the order, told by the prefixes."""
+    was, now = record.config.get("data", {}), job.resolved()["data"]
+    if now["increments"][: len(was.get("increments", []))] != was.get("increments"):
+        yield from _differing(was, now, ["increments"])
+
+
 def _data(record: CheckpointRecord, job: Job) -> Iterator[str]:
     now = job.data_fingerprints()
     for name, content in record.data.items():
@@ -68,4 +76,6 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any], options: list[str
 
 
 def _text(value: Any) -> str:
+    if value is None or value == []:
+        return "unset"
     return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)

@@ -69,6 +69,7 @@ class Loop:
         if state.checkpoint == source and segment.start == path.start and not path.carry_optimizer:
             state.optimizer.reset()
         state.path = segment.path
+        run.drop_lines_after(segment)
 
     def step(self, segment: Segment) -> None:
         """One update: the samples and the learning rate of the next step of the path, then its line of metrics."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,13 +40,26 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, covered: Mapping[str, int]) -> None:
-        self.dropped = _drop_lost_lines(path, covered) if path.exists() else 0
+        self._path = path
+        self.dropped = _keep_lines(path, lambda of, step: step <= covered.get(of, 0)) if path.exists() else 0
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step; a reader sees whole lines only."""
         self._file.write(json.dumps(asdict(metrics)) + "\n")
         self._file.flush()
+
+    def drop(self, path: str, after: int, until: int) -> int:
+        """Drop the lines of ``path`` for the steps after < step <= until, which are trained again; returns how many.
+
+        There are some where a checkpoint that covered them turned out damaged.
+        """
+        self._file.flush()
+        dropped = _keep_lines(self._path, lambda of, step: of != path or not after < step <= until)
+        if dropped:
+            self._file.close()  # it is the replaced file
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        return dropped
 
     def sync(self) -> None:
         """Make all lines durable: called before a checkpoint is committed, so that the checkpoint covers them."""
@@ -62,14 +75,14 @@ class MetricsFile:
         self._file.close()
 
 
-def _drop_lost_lines(path: Path, covered: Mapping[str, int]) -> int:
-    """Rewrite ``path`` without the lines beyond ``covered``; returns how many were dropped."""
+def _keep_lines(path: Path, keeps: Callable[[str, int], bool]) -> int:
+    """Rewrite ``path`` with those lines whose path and step ``keeps`` accepts; returns how many were dropped."""
     lines = path.read_bytes().splitlines(keepends=True)
     kept: list[bytes] = []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            inside = entry["step"] <= covered.get(entry["path"], 0)
+            inside = keeps(entry["path"], entry["step"])
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):  # a launch killed in the middle of a write leaves half a line, and only there
                 continue

@@ -74,11 +74,11 @@ def _common_vocabulary(config: Config, datasets: tuple[OpenIncrement, ...]) -> i
     """Ids of the one tokenizer that made every dataset."""
     first = datasets[0]
     for other in datasets[1:]:
-        if other.manifest.tokenizer.fingerprint != first.manifest.tokenizer.fingerprint:
+        if other.manifest.tokenizer != first.manifest.tokenizer:
             raise InputError(
                 f"{other.dataset.prefix} was made with another tokenizer than {first.dataset.prefix} "
-                f"({other.manifest.tokenizer.vocab_size} and {first.manifest.tokenizer.vocab_size} ids): preprocess it "
-                "again with the tokenizer of the first increment"
+                f"({_identity(other)}; {_identity(first)}): "
+                "preprocess it again with the tokenizer of the first increment"
             )
     if config.data.tokenizer_model is not None:
         tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
@@ -89,6 +89,11 @@ def _common_vocabulary(config: Config, datasets: tuple[OpenIncrement, ...]) -> i
                 "one, or preprocess the increments again"
             )
     return first.manifest.tokenizer.vocab_size
+
+
+def _identity(data: OpenIncrement) -> str:
+    tokenizer = data.manifest.tokenizer
+    return f"{tokenizer.kind} {tokenizer.fingerprint[:8]}, {tokenizer.vocab_size} ids, end of document {tokenizer.eod}"
 
 
 def _planned_increments(config: Config, increments: tuple[OpenIncrement, ...]) -> tuple[Increment, ...]:

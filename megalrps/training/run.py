@@ -65,11 +65,19 @@ class Run:
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint covers only lines that are on the disk
         name = checkpoint_name(segment.path, self.state.step)
+        if name in self.lineage.refused:
+            self.log.say(f"{name} was not used and is saved again; the old one is kept as {self.store.set_aside(name)}")
         self.store.save(name, self.state.tensors(), self._record(segment, kind).to_json())
         self.state.checkpoint = name
         self.lineage = self.world.decided(lambda: read_lineage(self.store.directory))
         for outdated in self.lineage.prunable(self.job.config.checkpoint.save_keep):
             self.store.remove(outdated)
+
+    def drop_lines_after(self, segment: Segment) -> None:
+        """Drop the metrics of ``segment`` beyond the live state: its steps from here on are done (again) now."""
+        dropped = self.metrics.drop(segment.path, self.state.step, segment.end) if self.metrics is not None else 0
+        if dropped:
+            self.log.say(f"dropped {dropped} lines of metrics of path {segment.path}: those steps are done again")
 
     def _record(self, segment: Segment, kind: str) -> CheckpointRecord:
         job, step = self.job, self.state.step
@@ -99,14 +107,14 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     cannot be used or that belong to another run.
     """
     with ExitStack() as stack:
-        job = prepare(config, world.size)
+        job = world.together(lambda: prepare(config, world.size))
         directory = RunDirectory(Path(str(config.checkpoint.save)))
         world.decided(lambda: _take_hold(directory, stack))
         store = Store(directory.checkpoints, world.group)
         store.prepare()
         lineage = world.decided(lambda: read_lineage(store.directory))
         check_continuation(lineage, job, directory.root)
-        yield _opened(job, world, directory, store, lineage, stack)
+        yield world.together(lambda: _opened(job, world, directory, store, lineage, stack))
 
 
 def _take_hold(directory: RunDirectory, stack: ExitStack) -> None:

@@ -60,7 +60,7 @@ class RunDirectory:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            strangers = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(".")]
+            strangers = [entry.name for entry in self.root.iterdir() if not self._may_precede_a_plan(entry)]
             if strangers and not self.plan.exists():
                 raise InputError(
                     f"--save {self.root} is not empty and not a run directory (it holds {strangers[0]}): "
@@ -72,6 +72,11 @@ class RunDirectory:
             raise InputError(
                 f"--save {self.root} cannot be written ({error.strerror}): name a directory that can"
             ) from error
+
+    def _may_precede_a_plan(self, entry: Path) -> bool:
+        """Whether ``entry`` is hidden, or an empty directory that a launch made and died before it wrote its plan."""
+        made_by_us = entry in (self.checkpoints, self.evaluations) and entry.is_dir()
+        return entry.name.startswith(".") or (made_by_us and not any(entry.iterdir()))
 
     @contextmanager
     def held(self) -> Iterator[None]:

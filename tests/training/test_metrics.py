@@ -54,3 +54,22 @@ def test_a_line_that_is_no_metrics_is_refused_by_its_number(tmp_path):
     with pytest.raises(InputError, match=r"metrics\.jsonl:2"):
         MetricsFile(path, {"main": 2})
     assert "nonsense" in path.read_text(), "the file must be left as it was"
+
+
+def test_lines_of_steps_that_are_made_again_are_dropped_and_new_ones_follow(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, {}) as metrics:
+        for name, steps in (("main", (1, 2)), ("v1", (3, 4, 5)), ("main", (3, 4, 5))):
+            for step in steps:
+                metrics.write(line(name, step))
+        assert metrics.drop("v1", 3, 5) == 2
+        assert metrics.drop("v1", 3, 5) == 0
+        metrics.write(line("v1", 4))
+        metrics.sync()
+        assert written(path) == [("main", 1), ("main", 2), ("v1", 3), ("main", 3), ("main", 4), ("main", 5), ("v1", 4)]
+
+
+def test_a_line_is_seen_as_soon_as_it_is_written(tmp_path):
+    with MetricsFile(tmp_path / "metrics.jsonl", {}) as metrics:
+        metrics.write(line("main", 1))
+        assert written(tmp_path / "metrics.jsonl") == [("main", 1)]
