@@ -8,13 +8,16 @@ weights, take the same batches, clip at the same norm and decay the same matrice
 largest difference is written down with the times.
 
 A figure is the median of alternating steps in CPU seconds of the process (all its threads), after steps that are not
-counted. ``ratio`` is our seconds over the peer's: below 1 is faster. FLOPs are 6W + 12LSd a token (full square).
+counted. They are user seconds, the arithmetic, and system seconds, here the kernel's work for memory that is touched
+for the first time; both are given apart. ``ratio`` is our seconds over the peer's: below 1 is faster. FLOPs are
+6W + 12LSd a token (full square).
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import shlex
 import statistics
 import sys
@@ -22,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +48,16 @@ from megalrps.training.step import Batch, train_step
 _LEARNING_RATE = 3e-4
 _WARM_UP_STEPS = 2
 _WORLD = World(0, 1, torch.device("cpu"), None)
+
+
+class Times(NamedTuple):
+    """Seconds, and pages of memory that were touched for the first time."""
+
+    user: float
+    system: float
+    wall: float
+    page_faults: int
+
 
 Step = Callable[[np.ndarray], float]
 """One update with a batch of tokens [B, S + 1]; returns the loss."""
@@ -109,36 +122,54 @@ def batches(shape: ModelConfig, batch_size: int, sequence_length: int) -> Iterat
 
 
 def measure(steps: dict[str, Step], data: Iterator[np.ndarray], repetitions: int) -> dict[str, Any]:
-    """CPU and wall seconds of each contender by repetition, in turns, and how far their losses part."""
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
-    wall: dict[str, list[float]] = {name: [] for name in steps}
+    """User, system and wall seconds of each contender by repetition, in turns, and how far their losses part."""
+    times: dict[str, list[Times]] = {name: [] for name in steps}
     difference = 0.0
     for repetition in range(-_WARM_UP_STEPS, repetitions):
         tokens, losses = next(data), {}
         for name in list(steps) if repetition % 2 else list(reversed(steps)):
-            wall_start, cpu_start = time.perf_counter(), time.process_time()
+            before = now()
             losses[name] = steps[name](tokens)
-            cpu_seconds, wall_seconds = time.process_time() - cpu_start, time.perf_counter() - wall_start
+            after = now()
             if repetition >= 0:
-                cpu[name].append(cpu_seconds)
-                wall[name].append(wall_seconds)
+                times[name].append(Times(*(later - earlier for later, earlier in zip(after, before, strict=True))))
         difference = max(difference, abs(losses["ours"] - losses["peer"]))
-    return {"cpu": cpu, "wall": wall, "largest_loss_difference": difference}
+    return {"times": times, "largest_loss_difference": difference}
+
+
+def now() -> Times:
+    """The clocks of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return Times(used.ru_utime, used.ru_stime, time.perf_counter(), used.ru_minflt)
 
 
 def summarise(measured: dict[str, Any], tokens: int, flops: int) -> dict[str, Any]:
     """The figures of one precision."""
-    medians = {name: statistics.median(values) for name, values in measured["cpu"].items()}
+    times: dict[str, list[Times]] = measured["times"]
+    cpu = {name: [each.user + each.system for each in of] for name, of in times.items()}
+    user = {name: statistics.median(each.user for each in of) for name, of in times.items()}
+    system = {name: statistics.median(each.system for each in of) for name, of in times.items()}
+    medians = {name: statistics.median(of) for name, of in cpu.items()}
     return {
-        "median_cpu_seconds": {name: round(value, 4) for name, value in medians.items()},
+        "median_cpu_seconds": _rounded(medians),
+        "median_user_seconds": _rounded(user),
+        "median_system_seconds": _rounded(system),
+        "median_page_faults": {
+            name: round(statistics.median(each.page_faults for each in of)) for name, of in times.items()
+        },
         "ratio": round(medians["ours"] / medians["peer"], 3),
-        "ratio_of_minima": round(min(measured["cpu"]["ours"]) / min(measured["cpu"]["peer"]), 3),
+        "ratio_of_minima": round(min(cpu["ours"]) / min(cpu["peer"]), 3),
+        "ratio_of_user_seconds": round(user["ours"] / user["peer"], 3),
         "tokens_per_cpu_second": {name: round(tokens / value) for name, value in medians.items()},
         "gflop_per_cpu_second": {name: round(tokens * flops / value / 1e9, 1) for name, value in medians.items()},
         "largest_loss_difference_nats": float(f"{measured['largest_loss_difference']:.2g}"),
-        "cpu_seconds": {name: [round(value, 4) for value in values] for name, values in measured["cpu"].items()},
-        "wall_seconds": {name: [round(value, 4) for value in values] for name, values in measured["wall"].items()},
+        "cpu_seconds": {name: [round(value, 4) for value in of] for name, of in cpu.items()},
+        "wall_seconds": {name: [round(each.wall, 4) for each in of] for name, of in times.items()},
     }
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}
 
 
 def processor() -> str:
@@ -148,6 +179,10 @@ def processor() -> str:
     except OSError:
         return platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _load() -> list[float]:
+    return [round(value, 2) for value in os.getloadavg()]
 
 
 def describe(options: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
@@ -162,7 +197,7 @@ def describe(options: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
         "command": shlex.join(["python", "benchmarks/model_step.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "device": {"kind": "cpu", "processor": processor(), "cores": os.cpu_count(), "threads": options.threads},
-        "load_average_before": [round(value, 2) for value in os.getloadavg()],
+        "load_average": {"before": _load()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -203,7 +238,7 @@ def main() -> None:
         result[precision] = summarise(measure(steps, data, options.repetitions), tokens, flops)
         seconds, ratio = result[precision]["median_cpu_seconds"], result[precision]["ratio"]
         print(f"{precision}: ours {seconds['ours']:.3f}, peer {seconds['peer']:.3f} CPU s, ratio {ratio}")
-    result["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
+    result["load_average"]["after"] = _load()
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 

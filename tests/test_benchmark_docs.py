@@ -1,0 +1,107 @@
+"""docs/benchmarks.md quotes benchmarks/results/*.json to the letter, and each JSON says what it compares."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PRECISIONS = {"fp32": "fp32", "bf16_autocast": "bf16 autocast"}
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    rule = ("---",) * len(rows[0])
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+
+
+def model_step_table(result: Mapping[str, Any]) -> str:
+    rows = [("precision", "", "CPU s", "user s", "system s", "page faults", "tokens per CPU s", "GFLOP per CPU s")]
+    for key, label in PRECISIONS.items():
+        figures = result[key]
+        for name, shown in (("ours", "ours"), ("peer", "transformers")):
+            kinds = ("cpu", "user", "system")
+            seconds = tuple(f"{figures[f'median_{kind}_seconds'][name]:.2f}" for kind in kinds)
+            speed = (f"{figures['tokens_per_cpu_second'][name]:,}", f"{figures['gflop_per_cpu_second'][name]:.1f}")
+            rows.append((label, shown, *seconds, f"{figures['median_page_faults'][name]:,}", *speed))
+    return table(*rows)
+
+
+def model_step_ratios(result: Mapping[str, Any]) -> str:
+    rows = [("precision", "ratio", "of the minima", "of user seconds", "losses differ by at most")]
+    for key, label in PRECISIONS.items():
+        ratios = (f"{result[key][name]:.2f}" for name in ("ratio", "ratio_of_minima", "ratio_of_user_seconds"))
+        rows.append((label, *ratios, f"{result[key]['largest_loss_difference_nats']:.1e} nats"))
+    return table(*rows)
+
+
+def checkpoint_table(result: Mapping[str, Any]) -> str:
+    speed, ratio = result["megabytes_per_second"], result["ratio"]
+    rows = [("", "ours, MB/s", "torch.distributed.checkpoint, MB/s", "ratio of seconds")]
+    for name, label, peer in (
+        ("save", "save", "dcp_save"),
+        ("load", "load, every byte verified", "dcp_load"),
+        ("load_unverified", "load, sizes verified", "dcp_load"),
+    ):
+        rows.append((label, f"{speed[name]:,.0f}", f"{speed[peer]:,.0f}", f"{ratio[name]:.2f}"))
+    return table(*rows)
+
+
+def conditions(result: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    before, after = (result["load_average"][when][0] for when in ("before", "after"))
+    return (
+        f"`{result['command']}`: {result['date']}, {result['device']['cores']} cores, {versions}; "
+        f"{result['repetitions']} repetitions; load average {before:.2f} before and {after:.2f} after."
+    )
+
+
+QUOTED: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+    ("model_step_cpu", conditions),
+    ("model_step_cpu", model_step_table),
+    ("model_step_cpu", model_step_ratios),
+    ("checkpoint_cpu", conditions),
+    ("checkpoint_cpu", checkpoint_table),
+]
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("name", "render"), QUOTED, ids=lambda value: getattr(value, "__name__", value))
+def test_the_page_quotes_the_results(name: str, render: Callable[[Mapping[str, Any]], str]) -> None:
+    expected = render(read(name))
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert " ".join(expected.split()) in page, f"docs/benchmarks.md should say:\n\n{expected}\n"
+
+
+@pytest.mark.parametrize("name", ["model_step_cpu", "checkpoint_cpu"])
+def test_a_result_says_what_it_compares_and_on_what(name: str) -> None:
+    result = read(name)
+    assert set(result["compares"]) == {"ours", "peer"}
+    assert result["convention"]
+    assert {"python", "torch"} <= set(result["versions"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+    assert set(result["load_average"]) == {"before", "after"}
+    assert re.fullmatch(rf"python benchmarks/\w+\.py .*--output benchmarks/results/{name}\.json", result["command"])
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_result_names_no_place_of_the_machine_it_was_made_on(file: Path) -> None:
+    assert not re.search(
+        r'(?<![\w.])/(home|root|tmp|work|mnt|data|usr|var)\b|"hostname"', file.read_text(encoding="utf-8")
+    )
+
+
+def test_the_ratios_are_those_of_the_repetitions() -> None:
+    result = read("model_step_cpu")
+    for precision in PRECISIONS:
+        figures = result[precision]
+        middle = {name: sorted(values)[len(values) // 2] for name, values in figures["cpu_seconds"].items()}
+        assert len(figures["cpu_seconds"]["ours"]) == result["repetitions"]
+        assert figures["ratio"] == pytest.approx(middle["ours"] / middle["peer"], abs=0.001)

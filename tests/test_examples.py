@@ -1,0 +1,237 @@
+"""Every YAML of examples/ plans what it says, the launch scripts really train, and the snippets of the pages run."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megalrps.data.increment import open_increment
+from megalrps.data.indexed import IndexedDatasetWriter
+from megalrps.data.manifest import TokenizerIdentity, describe_dataset, write_manifest
+from megalrps.data.preprocess import InputOptions, OutputOptions, PreprocessOptions, TokenizerOptions, preprocess
+from megalrps.data.tokenizer_training import TokenizerTrainingOptions, train_tokenizer
+from megalrps.paths.cost import cost_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("*.sbatch")])
+YAMLS = sorted(EXAMPLES.glob("*.yaml"))
+FULL_SIZE = sorted(EXAMPLES.glob("llama_*.yaml"))
+GIB = 1 << 30
+SENTENCE = "the path that never decays ships a branch of itself as each new version of the model arrives"
+TOY = (
+    "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 16 "
+    "--global-batch-size 4 --micro-batch-size 2 --increment-steps 5 5 --save-interval 2 --log-interval 1 "
+    "--device cpu --no-bf16"
+)
+
+
+@pytest.fixture(scope="session")
+def increments(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Four tiny increments whose tokenizer says it has 32,000 ids."""
+    tokenizer = TokenizerIdentity("SentencePieceTokenizer", 32_000, 2, "0" * 64)
+    prefixes = []
+    for year in range(2021, 2025):
+        prefix = tmp_path_factory.mktemp("increments") / str(year)
+        with IndexedDatasetWriter(prefix, np.uint16) as writer:
+            writer.add_document(np.arange(2100))
+        manifest = describe_dataset(
+            prefix, name=str(year), tokenizer=tokenizer, text_bytes=8400, append_eod=False, sources=("a.jsonl",)
+        )
+        write_manifest(prefix, manifest)
+        prefixes.append(str(prefix))
+    return tuple(prefixes)
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """A tokenizer and two increments made with it, by the code that the tools run."""
+    folder = tmp_path_factory.mktemp("toy")
+    model, words = folder / "tokenizer.model", SENTENCE.split()
+    for name, step in (("old", 1), ("new", 5)):
+        texts = (" ".join(words[(line + step * word) % len(words)] for word in range(40)) for line in range(40))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_tokenizer(TokenizerTrainingOptions(input=(str(folder / "old.jsonl"),), output=model, vocab_size=300))
+    for name in ("old", "new"):
+        preprocess(
+            PreprocessOptions(
+                text=InputOptions(input=(str(folder / f"{name}.jsonl"),)),
+                tokenizer=TokenizerOptions(tokenizer_model=model),
+                output=OutputOptions(output_prefix=folder / name, append_eod=True),
+            )
+        )
+    return str(model), str(folder / "old_text_document"), str(folder / "new_text_document")
+
+
+def dry_run(config: Path, *arguments: str) -> dict:
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), "--config", str(config), "--dry-run", "--json"]
+    result = subprocess.run([*command, *arguments], capture_output=True, encoding="utf-8", check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("config", YAMLS, ids=lambda path: path.stem)
+def test_every_yaml_is_planned(config: Path, increments: tuple[str, ...]) -> None:
+    printed = dry_run(config, "--increments", *increments, "--increment-steps", "10000", "10000", "10000", "10000")
+    assert printed["cost_steps"] == 58_000
+    assert [path["parent"]["step"] for path in printed["plan"]["paths"] if path["parent"]] == [
+        4000, 14000, 24000, 34000,
+    ]  # fmt: skip
+    stated = {key: value for section in yaml.safe_load(config.read_text()).values() if isinstance(section, dict)
+              for key, value in section.items()}  # fmt: skip
+    resolved = {key: value for section in printed["config"].values() for key, value in section.items()}
+    assert {key: resolved[key.replace("-", "_")] for key in stated} == stated
+
+
+@pytest.mark.parametrize("config", FULL_SIZE, ids=lambda path: path.stem)
+def test_a_full_size_yaml_states_its_memory_and_its_batch(config: Path, increments: tuple[str, ...]) -> None:
+    printed = dry_run(config, "--increments", *increments, "--increment-steps", "10000", "10000", "10000", "10000")
+    stated = re.search(
+        r"memory: ([\d.]+) GiB +\(weights ([\d.]+), gradients ([\d.]+), optimizer ([\d.]+), activations ([\d.]+)\)",
+        config.read_text(),
+    )
+    assert stated
+    parts = ("total", "parameters", "gradients", "optimizer", "activations")
+    assert stated.groups() == tuple(f"{printed['bytes_per_rank'][part] / GIB:.2f}" for part in parts)
+    assert printed["tokens_per_step"] == 2**20
+    size = {"llama_203m": 203e6, "llama_1.2b": 1.2e9, "llama_3.1b": 3.1e9}[config.stem]
+    assert printed["parameters"] == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize("config", FULL_SIZE, ids=lambda path: path.stem)
+def test_a_full_size_yaml_states_the_memory_of_its_other_micro_batch(config: Path, increments: tuple[str, ...]) -> None:
+    text = " ".join(config.read_text().replace("#", " ").split())
+    others = re.findall(r"--micro-batch-size (\d+), ([\d.]+) GiB", text)
+    assert len(others) == (0 if config.stem == "llama_203m" else 1)
+    for size, memory in others:
+        steps = ("--increment-steps", "10000", "10000", "10000", "10000")
+        printed = dry_run(config, "--increments", *increments, *steps, "--micro-batch-size", size)
+        assert f"{printed['bytes_per_rank']['total'] / GIB:.2f}" == memory
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def toy_environment(**more: str) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port, **more}
+
+
+def launch(*command: str | Path, environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], env=environment, cwd=folder, capture_output=True, encoding="utf-8", check=False
+    )
+
+
+def steps_of(run: Path) -> list[tuple[str, int]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [(line["path"], line["step"]) for line in map(json.loads, lines)]
+
+
+EXPECTED = [("main", 1), ("main", 2), *(("v1", step) for step in (3, 4, 5)),
+            *(("main", step) for step in (3, 4, 5, 6, 7)), *(("v2", step) for step in (8, 9, 10))]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_pretrain_trains_on_two_nodes_and_the_same_command_finds_it_done(
+    toy_data: tuple[str, str, str], tmp_path: Path
+) -> None:
+    tokenizer, old, new = toy_data
+    environment = toy_environment(TRAIN_ARGS=TOY, HELD_OUT=f"{old} {new}")
+    command = [str(part) for part in (EXAMPLES / "pretrain.sh", "RUN", "none", tokenizer, old, new)]
+    nodes = {"NUM_NODES": "2", "MASTER_ADDR": "localhost"}
+    with subprocess.Popen(command, env=environment | nodes | {"NODE_RANK": "1"}, cwd=tmp_path) as other:
+        first = launch(*command, environment=environment | nodes | {"NODE_RANK": "0"}, folder=tmp_path)
+    assert (first.returncode, other.returncode) == (0, 0), first.stderr
+    assert "ranks: 2" in first.stdout
+    assert steps_of(tmp_path / "RUN") == EXPECTED
+    summary = json.loads((tmp_path / "RUN" / "summary.json").read_text())
+    assert [release["name"] for release in summary["releases"]] == ["v1", "v2"]
+    assert all(list(release["perplexity"]) == ["old", "new"] for release in summary["releases"])
+    second = launch(*command, environment=environment, folder=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "13 of 13 steps done" in second.stdout
+    assert steps_of(tmp_path / "RUN") == EXPECTED
+
+
+def test_pretrain_without_its_arguments_says_which(tmp_path: Path) -> None:
+    result = launch(EXAMPLES / "pretrain.sh", "RUN", environment=toy_environment(), folder=tmp_path)
+    assert result.returncode == 2
+    assert "RUN TENSORBOARD TOKENIZER INCREMENT" in result.stderr
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run slurm.sbatch as one node of a Slurm that is two scripts: no more of it can be had in a test."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", 'shift; exec "$@"'), ("scontrol", "echo localhost")):
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (commands / name).chmod(0o755)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = toy_environment(
+            SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="node[1-1]", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="1",
+        )  # fmt: skip
+        environment |= {"SLURM_JOB_ID": environment["MASTER_PORT"], "PATH": f"{commands}:{environment['PATH']}"}
+        return launch("bash", EXAMPLES / "slurm.sbatch", *arguments, environment=environment, folder=tmp_path)
+
+    return run
+
+
+def test_the_slurm_script_passes_its_arguments_on(
+    slurm: Callable[..., subprocess.CompletedProcess[str]], toy_data: tuple[str, str, str], tmp_path: Path
+) -> None:
+    _, old, new = toy_data
+    config = str(EXAMPLES / "llama_203m.yaml")
+    run = tmp_path / "run"
+    result = slurm(
+        "--config", config, "--save", str(run), "--increments", old, new, *TOY.split(), "--lr-warmup-iters", "1"
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert steps_of(run) == EXPECTED
+
+
+def snippet(page: str, first_line: str) -> str:
+    """The Python block of ``page`` that begins with ``first_line``."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    (found,) = (block for block in blocks if block.startswith(first_line))
+    return found
+
+
+def test_the_paradigm_of_the_tour_is_planned() -> None:
+    from megalrps.paths import paradigms
+
+    names = {**vars(paradigms)}
+    exec(snippet("CONTRIBUTING.md", "def constant_minimum"), names)
+    increments = tuple(paradigms.Increment(name, 1000) for name in ("a", "b", "c"))
+    plan = names["constant_minimum"](increments, paradigms.PlanOptions(lr=3e-3, min_lr=3e-4))
+    assert cost_steps(plan) == 3000
+    curve = plan.path("v3").curve
+    assert [curve(step) for step in (200, 1000, 1001, 3000)] == [3e-3, 3e-4, 3e-4, 3e-4]
+
+
+def test_the_manifest_of_a_dataset_of_megatrons_is_written_as_documented(
+    toy_data: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, old, _ = toy_data
+    for kind in ("bin", "idx"):
+        shutil.copy(f"{old}.{kind}", tmp_path / f"PREFIX.{kind}")
+    shutil.copy(tokenizer, tmp_path / "tokenizer.model")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet("docs/data.md", "from megalrps.data.manifest"), {})
+    assert open_increment("PREFIX", verify=True).manifest.fingerprint == open_increment(old).manifest.fingerprint
