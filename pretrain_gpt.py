@@ -7,18 +7,34 @@ torchrun --nproc-per-node 2 pretrain_gpt.py --config examples/quickstart.yaml --
 import json
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
 from megalrps.commandline import run_tool
 from megalrps.config import Config, parse_config
+from megalrps.errors import InputError, RepeatedError
 
 
 def main() -> None:
     """Train what the plan still lacks, evaluate its releases, and write summary and report."""
-    config = parse_config(sys.argv[1:])
+    config = parsed(sys.argv[1:])
     if config.dry_run:
         describe(config)
     else:
         pretrain(config)
+
+
+def parsed(arguments: Sequence[str]) -> Config:
+    """The options; every rank reads the same command line, so the first one alone says what is wrong with it."""
+    if os.environ.get("RANK", "0") == "0":
+        return parse_config(arguments)
+    with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+        try:
+            return parse_config(arguments)
+        except (InputError, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code == 0:  # --help
+                raise
+            raise RepeatedError(str(error)) from error
 
 
 def describe(config: Config) -> None:

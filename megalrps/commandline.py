@@ -4,15 +4,18 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from megalrps.errors import EXIT_INPUT_ERROR, InputError
+from megalrps.errors import EXIT_INPUT_ERROR, InputError, RepeatedError
 
 EXIT_INTERRUPTED = 130
 """What a shell reports for a program ended by the interrupt key."""
 EXIT_BROKEN_PIPE = 141
 """What a shell reports for a program whose output nobody reads any more."""
+
+_SECONDS_TO_REPORT = 1.0
 
 _ENVIRONMENT_ERRORS = frozenset(
     {
@@ -41,6 +44,10 @@ def run_tool(main: Callable[[], None], program: str) -> NoReturn:
     try:
         main()
         sys.stdout.flush()
+    except RepeatedError:
+        # torchrun ends all ranks as soon as one has ended: let the one that reports the mistake do so first.
+        time.sleep(_SECONDS_TO_REPORT)
+        sys.exit(EXIT_INPUT_ERROR)
     except InputError as error:
         _fail(program, str(error))
     except BrokenPipeError:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megalrps.commandline import run_tool
-from megalrps.errors import InputError
+from megalrps.errors import InputError, RepeatedError
 
 
 def run(error: BaseException | None) -> int | str | None:
@@ -56,3 +56,13 @@ def test_a_reader_that_leaves_is_not_a_defect() -> None:
     assert process.wait() == 141
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_mistake_that_another_rank_reports_ends_alike_and_says_nothing(capfd):
+    def main() -> None:
+        raise RepeatedError("--save is missing")
+
+    with pytest.raises(SystemExit) as end:
+        run_tool(main, "pretrain_gpt.py")
+    assert end.value.code == 2
+    assert capfd.readouterr().err == ""

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megalrps.errors import InputError
+from megalrps.errors import InputError, RepeatedError
 
 T = TypeVar("T")
 
@@ -61,8 +61,8 @@ class World:
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that none is left waiting in a collective.
 
-        The rank with the error raises its own; the others raise an exception of the same kind with its text.
-        Only InputError and RuntimeError travel; any other exception becomes a RuntimeError on the other ranks.
+        The first rank with an error raises its own. For a mistake of the user all others raise RepeatedError, so that
+        it is printed once; for anything else they raise their own error, or a RuntimeError that names the rank.
         """
         if self.group is None:
             if error is not None:
@@ -71,12 +71,13 @@ class World:
         texts: list[tuple[bool, str] | None] = [None] * self.size
         mine = None if error is None else (isinstance(error, InputError), str(error))
         dist.all_gather_object(texts, mine, group=self.group)
-        if error is not None:
-            raise error
-        for rank, told in enumerate(texts):
-            if told is not None:
-                from_user, text = told
-                raise InputError(text) if from_user else RuntimeError(f"rank {rank}: {text}")
+        teller = next((rank for rank, told in enumerate(texts) if told is not None), None)
+        if teller is None:
+            return
+        from_user, text = cast(tuple[bool, str], texts[teller])
+        if from_user and teller != self.rank:
+            raise RepeatedError(text) from error
+        raise error if error is not None else RuntimeError(f"rank {teller}: {text}")
 
 
 @contextmanager
