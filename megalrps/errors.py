@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 class RepeatedError(InputError):
-    """The user's mistake that another rank of the launch reports: this one ends with the same status and says nothing."""
+    """The user's mistake that another rank reports: this one ends with the same status and says nothing."""
 
 
 EXIT_INPUT_ERROR = 2

@@ -23,6 +23,9 @@ class DataOptions:
     tokenizer_model: str | None = None
     """Tokenizer the increments must have been made with; unset: all must agree with one another."""
 
+    eod_token: str | None = None
+    """End-of-document token of a Hugging Face --tokenizer-model, as given to tools/preprocess_data.py."""
+
     seq_length: int = 2048
     """Tokens of one sample (S)."""
 

@@ -37,7 +37,7 @@ class SampleStream:
     def __init__(self, increments: Sequence[OpenIncrement], sequence_length: int, seed: int) -> None:
         """InputError where there is no increment, one holds no window, or they were made by different tokenizers."""
         if not increments:
-            raise InputError("--data-path: no increment to draw samples from; name at least one")
+            raise InputError("--increments: no increment to draw samples from; name at least one")
         if sequence_length < 1:
             raise InputError(f"--seq-length {sequence_length}: must be at least 1")
         self.increments = tuple(increments)
@@ -135,6 +135,6 @@ def _check_one_tokenizer(increments: Sequence[OpenIncrement]) -> None:
     for increment in increments[1:]:
         if increment.manifest.tokenizer != first.tokenizer:
             raise InputError(
-                f"--data-path: increments {first.name} and {increment.manifest.name} were made by different "
+                f"--increments: {first.name} and {increment.manifest.name} were made by different "
                 "tokenizers; preprocess them with the same one"
             )

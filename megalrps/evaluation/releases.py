@@ -10,8 +10,6 @@ import torch
 
 from megalrps.data.increment import OpenIncrement
 from megalrps.evaluation.perplexity import HeldOutLoss, evaluate
-from megalrps.evaluation.report import write_report
-from megalrps.evaluation.run_files import read_run
 from megalrps.evaluation.summary import Release, Summary, write_summary
 from megalrps.files import write_json
 from megalrps.model.counts import parameter_count
@@ -47,6 +45,9 @@ def evaluate_releases(run: Run) -> None:
 
 def finish_run(run: Run) -> None:
     """Write ``summary.json`` and the report; a finished run that is started again leaves the summary as it is."""
+    from megalrps.evaluation.report import write_report  # it loads matplotlib: on one rank, at the end
+    from megalrps.evaluation.run_files import read_run
+
     lineage, job = run.lineage, run.job
     releases = []
     for name in lineage.releases():

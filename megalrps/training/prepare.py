@@ -81,7 +81,9 @@ def _common_vocabulary(config: Config, datasets: tuple[OpenIncrement, ...]) -> i
                 "preprocess it again with the tokenizer of the first increment"
             )
     if config.data.tokenizer_model is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+        tokenizer = load_tokenizer(
+            config.data.tokenizer_type, config.data.tokenizer_model, eod_token=config.data.eod_token
+        )
         if tokenizer.fingerprint != first.manifest.tokenizer.fingerprint:
             raise InputError(
                 f"--tokenizer-model {config.data.tokenizer_model} ({tokenizer.vocab_size} ids) is not the tokenizer "

@@ -132,7 +132,7 @@ def test_mistakes_are_named_with_their_mend(increments, make_increment):
     other = replace(increments[0].manifest.tokenizer, fingerprint="1" * 64)
     with pytest.raises(InputError, match="text and other were made by different tokenizers"):
         SampleStream([*increments, make_increment(51, name="other", tokenizer=other)], LENGTH, seed=0)
-    with pytest.raises(InputError, match="--data-path"):
+    with pytest.raises(InputError, match="--increments"):
         SampleStream([], LENGTH, seed=0)
     with pytest.raises(InputError, match="--seq-length 0"):
         SampleStream(increments, 0, seed=0)
