@@ -7,7 +7,7 @@ from megalrps.commandline import run_tool
 from megalrps.data.corpus import CorpusOptions, make_corpus
 from megalrps.data.text_increments import describe_increments
 
-PROGRAM = "make_corpus"
+PROGRAM = "make_corpus.py"
 
 
 def main() -> None:

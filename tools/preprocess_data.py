@@ -6,7 +6,7 @@ import tyro
 from megalrps.commandline import run_tool
 from megalrps.data.preprocess import PreprocessOptions, describe_result, preprocess
 
-PROGRAM = "preprocess_data"
+PROGRAM = "preprocess_data.py"
 
 
 def main() -> None:

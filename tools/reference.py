@@ -16,6 +16,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import adopt_dataset
 import plan_versions
 import report
 import tyro
@@ -85,6 +86,7 @@ COMMANDS = (
     Command("pretrain_gpt.py", Config, paired=True),
     Command("tools/plan_versions.py", plan_versions.Arguments),
     Command("tools/preprocess_data.py", PreprocessOptions),
+    Command("tools/adopt_dataset.py", adopt_dataset.AdoptOptions),
     Command("tools/split_increments.py", SplitOptions),
     Command("tools/make_corpus.py", CorpusOptions),
     Command("tools/train_tokenizer.py", TokenizerTrainingOptions),
@@ -99,7 +101,7 @@ def render_page() -> str:
         parts += [f"## {command.program}\n", *_sections(command.options, command.paired, level=3)]
         if command.options is Config:
             parts += ["### Presets\n", _preset_table()]
-    parser = report._parser()
+    parser = report.parser()
     parts += [
         "## tools/report.py\n",
         _prose((parser.description or "").partition("\n\n")[0]),

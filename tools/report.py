@@ -21,7 +21,7 @@ from megalrps.evaluation.tables import terminal_table
 
 def main() -> None:
     """Write the report and print its tables and its path."""
-    options = _parser().parse_args()
+    options = parser().parse_args()
     if options.run:
         report = write_report(read_run(options.run), options.output or options.run / PAGE_FILE)
     else:
@@ -30,20 +30,21 @@ def main() -> None:
     _show(report, Console())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command line; tools/reference.py documents it."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = made.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, metavar="RUN", help="directory of one run")
     what.add_argument(
         "--compare", type=Path, nargs="+", metavar="RUN", help="directories of two runs or more, one a paradigm"
     )
-    parser.add_argument(
+    made.add_argument(
         "--output",
         type=Path,
         metavar="PAGE",
         help=f"the page to write [RUN/{PAGE_FILE}; for --compare, {PAGE_FILE} in the directory that holds the runs]",
     )
-    return parser
+    return made
 
 
 def _shared_parent(runs: Sequence[Path]) -> Path:

@@ -7,7 +7,7 @@ from megalrps.commandline import run_tool
 from megalrps.data.split import SplitOptions, split_increments
 from megalrps.data.text_increments import describe_increments
 
-PROGRAM = "split_increments"
+PROGRAM = "split_increments.py"
 
 
 def main() -> None:

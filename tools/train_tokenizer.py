@@ -6,7 +6,7 @@ import tyro
 from megalrps.commandline import run_tool
 from megalrps.data.tokenizer_training import TokenizerTrainingOptions, train_tokenizer
 
-PROGRAM = "train_tokenizer"
+PROGRAM = "train_tokenizer.py"
 
 
 def main() -> None:

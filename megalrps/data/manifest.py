@@ -155,7 +155,7 @@ def read_manifest(prefix: Path | str) -> IncrementManifest:
         with open(path, "rb") as file:
             content = file.read(_LARGEST_FILE + 1)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such manifest; check the data path, or {REMAKE}") from None
+        raise InputError(f"{path}: no such manifest; check the path, {REMAKE}, or tools/adopt_dataset.py") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the data path") from error
     if len(content) > _LARGEST_FILE:

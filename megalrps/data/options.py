@@ -11,8 +11,7 @@ class DataOptions:
     """Increments: one indexed dataset each, in the order in which they arrived."""
 
     increments: tuple[str, ...] = ()
-    """Training data: one prefix (of PREFIX.bin, .idx and .json) per increment, oldest first. A new increment is
-    appended here and the run goes on."""
+    """Training data, oldest first: a prefix (of PREFIX.bin, .idx, .json) per increment; append a new one to go on."""
 
     valid_data_path: tuple[str, ...] = ()
     """Held-out parts: one prefix per increment, in the same order; every release is evaluated on each of them."""

@@ -22,8 +22,7 @@ class PlanOptions:
     """How each version is trained: ptfs (from scratch), cpt (continual pre-training) or lrps (path switching)."""
 
     alpha: tuple[float, ...] = (0.6,)
-    """Fast-decaying steps of a branch as a fraction of its increment, in (0, 1]: one for all versions, or one a
-    version."""
+    """Steps of a branch as a fraction of its increment's, in (0, 1]: one for all versions, or one for each."""
 
     increment_steps: tuple[int, ...] = ()
     """Optimizer steps of each data increment, oldest first; one version is released for each."""
@@ -38,8 +37,7 @@ class PlanOptions:
     """cosine, knee, multi-step, linear, 1-sqrt, exponential, exponential-half, inverse-linear or constant."""
 
     lr_warmup_iters: int | None = None
-    """Steps of linear warm-up from 0 [unset: 2000, or half of the first version's main-path steps if that is
-    less]."""
+    """Steps of linear warm-up from 0; unset: 2000, or half of the first version's main path where that is less."""
 
     branch_optimizer: Literal["carry", "reset"] = "carry"
     """What a branch of lrps does with the main path's optimizer state at the fork."""

@@ -1,6 +1,6 @@
 """Decay styles by name: what a branch does with the learning rate, and what a run trained in one go does with it.
 
-Formulas: warm-up and cosine as in arXiv 2410.04103 (section 3 of the LRPS paper names cosine, Knee and multi-step);
+Formulas: warm-up and cosine as in arXiv 2410.04103, which compares cosine, Knee and multi-step;
 Knee from arXiv 2003.03977; multi-step as in the DeepSeek models. The LRPS paper's own Knee fraction and multi-step
 break points are not known to us: the 50 % and the 80/90 % used here are the customary ones, and that a branch runs
 the style's decay part compressed into the branch's length is our reading.
