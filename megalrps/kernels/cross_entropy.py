@@ -35,7 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, overwrite_logits: bool) -> Tensor:
         losses_T = logits_TV.new_empty(logits_TV.shape[0], dtype=_accumulation_type(logits_TV))
-        for rows in _row_blocks(logits_TV):
+        for rows in row_blocks(logits_TV):
             losses_T[rows] = cross_entropy_reference(logits_TV[rows], labels_T[rows])
         ctx.save_for_backward(logits_TV, labels_T)
         ctx.overwrite_logits = overwrite_logits
@@ -46,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, losses_gradient_T: Tensor) -> tuple[Tensor, None, None]:
         logits_TV, labels_T = ctx.saved_tensors
         gradient_TV = logits_TV if ctx.overwrite_logits else torch.empty_like(logits_TV)
-        for rows in _row_blocks(logits_TV):
+        for rows in row_blocks(logits_TV):
             scale = losses_gradient_T[rows, None]
             block = torch.softmax(logits_TV[rows], dim=-1, dtype=scale.dtype).mul_(scale)
             gradient_TV[rows] = block.scatter_add_(1, labels_T[rows, None], -scale)
@@ -57,7 +57,8 @@ def _accumulation_type(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _row_blocks(logits_TV: Tensor) -> list[slice]:
+def row_blocks(logits_TV: Tensor) -> list[slice]:
+    """The rows of ``logits_TV`` in runs whose fp32 copies stay in a CPU's cache."""
     tokens, vocabulary = logits_TV.shape
     rows = max(1, _BLOCK_ELEMENTS // vocabulary)
     return [slice(start, start + rows) for start in range(0, tokens, rows)]

@@ -18,16 +18,18 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
         self.head_size = config.head_size
-        self.query = layers.column_linear(config.hidden_size, config.query_width)
-        self.key = layers.column_linear(config.hidden_size, config.key_value_width)
-        self.value = layers.column_linear(config.hidden_size, config.key_value_width)
+        self.query = layers.column_linear(config.hidden_size, config.query_width, config.num_attention_heads)
+        self.key = layers.column_linear(config.hidden_size, config.key_value_width, config.query_groups)
+        self.value = layers.column_linear(config.hidden_size, config.key_value_width, config.query_groups)
         self.output = layers.row_linear(config.query_width, config.hidden_size)
+        self._project = layers.project
         self._attend = layers.attention
 
     def forward(self, hidden_BSH: Tensor, cosine_SR: Tensor, sine_SR: Tensor) -> Tensor:
-        query_BSND = rotary(self._heads(self.query(hidden_BSH)), cosine_SR, sine_SR)
-        key_BSKD = rotary(self._heads(self.key(hidden_BSH)), cosine_SR, sine_SR)
-        value_BSKD = self._heads(self.value(hidden_BSH))
+        query, key, value = self._project(hidden_BSH, (self.query, self.key, self.value))
+        query_BSND = rotary(self._heads(query), cosine_SR, sine_SR)
+        key_BSKD = rotary(self._heads(key), cosine_SR, sine_SR)
+        value_BSKD = self._heads(value)
         attended: Tensor = self.output(self._attend(query_BSND, key_BSKD, value_BSKD).flatten(-2))
         return attended
 

@@ -1,9 +1,12 @@
 """Closed forms: parameters, floating-point operations and bytes of a model that need not be built. Imports no torch."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from megalrps.model.config import ModelConfig
+from megalrps.model.parameters import parameter_specs
+from megalrps.model.sharding import placements
 
 FlopConvention = Literal["full-square", "causal"]
 
@@ -41,7 +44,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, convention: FlopC
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of one process that trains a whole model."""
+    """Bytes of one process that trains a model, or its tensor-parallel part of one."""
 
     parameters: int
     gradients: int
@@ -55,25 +58,41 @@ class TrainingMemory:
 
 
 def training_memory(
-    config: ModelConfig, *, micro_batch_size: int, sequence_length: int, autocast: bool = False
+    config: ModelConfig,
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    autocast: bool = False,
+    ranks: int = 1,
+    sequence_parallel: bool = False,
 ) -> TrainingMemory:
     """Bytes to train with AdamW in fp32 (16 a parameter), optionally under bf16 autocast.
 
     4 bytes a parameter for the weights (plus 2 for the copy autocast keeps), 4 for the gradients, 8 for the two
     moments. Activations are what the forward pass keeps for the backward pass of one micro-batch
-    (:func:`activation_bytes_per_token`). What lives only within one operation is not counted: a block of the loss, a
-    gradient on its way down.
+    (:func:`activation_bytes_per_token`). ``ranks`` share every matrix, and the sequence between the matrices where
+    ``sequence_parallel``; each needs the same. What lives only within one operation is not counted: a block of the
+    loss, a gradient on its way down, the gathered input of a column map.
     """
-    parameters = parameter_count(config)
+    parameters = rank_parameter_count(config, ranks)
+    per_token = activation_bytes_per_token(config, autocast=autocast, ranks=ranks, sequence_parallel=sequence_parallel)
     return TrainingMemory(
         parameters=parameters * (6 if autocast else 4),
         gradients=parameters * 4,
         optimizer=parameters * 8,
-        activations=micro_batch_size * sequence_length * activation_bytes_per_token(config, autocast=autocast),
+        activations=round(micro_batch_size * sequence_length * per_token),
     )
 
 
-def activation_bytes_per_token(config: ModelConfig, *, autocast: bool) -> int:
+def rank_parameter_count(config: ModelConfig, ranks: int) -> int:
+    """Parameters that each of ``ranks`` tensor-parallel ranks holds, whole norms and shared heads included."""
+    held = placements(config, ranks, 0, sequence_parallel=False)
+    return sum(prod(held[name].local_shape(spec.shape)) for name, spec in parameter_specs(config).items())
+
+
+def activation_bytes_per_token(
+    config: ModelConfig, *, autocast: bool, ranks: int = 1, sequence_parallel: bool = False
+) -> float:
     """Bytes kept for the backward pass, for one token, without recomputation.
 
     Elements a layer, with H hidden, A = heads x head size, G = key-value heads x head size, F feed-forward, N heads:
@@ -82,10 +101,18 @@ def activation_bytes_per_token(config: ModelConfig, *, autocast: bool) -> int:
     keeps gate, up, silu(gate) and the product (4F). After the layers: the final norm, the head's input and the logits
     (3H + 1 + V). All are 4 bytes; under bf16 autocast the outputs of matrix products and what is computed from them
     alone are 2.
+
+    Of ``ranks`` tensor-parallel ranks each keeps its share of what lies between a column map and a row map and of the
+    logits (a key-value head per rank where there are fewer), and of the norms' part its slice of the sequence under
+    sequence parallelism, all of it without.
     """
-    hidden, query, key_value = config.hidden_size, config.query_width, config.key_value_width
+    between_maps = 1 / ranks
+    outside = between_maps if sequence_parallel else 1.0
+    hidden, query = config.hidden_size, config.query_width
+    key_value = max(config.query_groups, ranks) * config.head_size
     narrow = 2 if autocast else 4
-    norm = 4 * (2 * hidden + 1) + narrow * hidden
-    attention = narrow * (2 * query + 2 * key_value) + 4 * config.num_attention_heads
-    feed_forward = narrow * 4 * config.feed_forward_width
-    return config.num_layers * (2 * norm + attention + feed_forward) + norm + narrow * config.vocab_size
+    norm = outside * (4 * (2 * hidden + 1) + narrow * hidden)
+    attention = between_maps * (narrow * (2 * query + 2 * key_value) + 4 * config.num_attention_heads)
+    feed_forward = between_maps * narrow * 4 * config.feed_forward_width
+    logits = between_maps * narrow * config.vocab_size
+    return config.num_layers * (2 * norm + attention + feed_forward) + norm + logits

@@ -15,7 +15,9 @@ class FeedForward(nn.Module):
         self.gate = layers.column_linear(config.hidden_size, config.feed_forward_width)
         self.up = layers.column_linear(config.hidden_size, config.feed_forward_width)
         self.down = layers.row_linear(config.feed_forward_width, config.hidden_size)
+        self._project = layers.project
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        output_BSH: Tensor = self.down(swiglu(self.gate(hidden_BSH), self.up(hidden_BSH)))
+        gate_BSF, up_BSF = self._project(hidden_BSH, (self.gate, self.up))
+        output_BSH: Tensor = self.down(swiglu(gate_BSF, up_BSF))
         return output_BSH

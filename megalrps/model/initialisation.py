@@ -5,12 +5,14 @@ every layout starts from the same model.
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megalrps.model.config import ModelConfig
 from megalrps.model.parameters import ParameterSpec, Role, parameter_specs
+from megalrps.parallel.placement import WHOLE, Placement
 
 
 def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
@@ -26,11 +28,17 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor
 
 
 @torch.no_grad()
-def initialise_(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of ``model`` (whole or a stage, unsliced) in place, rounding to the parameter's type."""
+def initialise_(
+    model: nn.Module, config: ModelConfig, seed: int, placements: Mapping[str, Placement] | None = None
+) -> None:
+    """Fill every parameter of ``model`` (whole or a stage) in place, rounding to the parameter's type.
+
+    ``placements`` says which part of a parameter the model holds; of one that is not in it, all.
+    """
     specs = parameter_specs(config)
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(specs[name], config, seed))
+        value = initial_value(specs[name], config, seed)
+        parameter.copy_((placements or {}).get(name, WHOLE).part(value))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -5,6 +5,7 @@ tensor-parallel layout hands out column maps that hold a slice of the outputs, r
 inputs and sum over the ranks, and a loss over a sliced vocabulary; a context-parallel one replaces the attention.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,8 +68,15 @@ class Embedding(nn.Module):
 class Layers(Protocol):
     """What a layout provides. Sizes are global; parameters come uninitialised."""
 
-    def column_linear(self, inputs: int, outputs: int) -> nn.Module:
-        """A map whose outputs a layout may slice: the output is this process's slice."""
+    def column_linear(self, inputs: int, outputs: int, heads: int | None = None) -> Linear:
+        """A map whose outputs a layout may slice: the output is this process's slice.
+
+        ``heads``: of how many heads the outputs consist. A head is not cut apart, and of fewer heads than processes
+        several hold the same. None: the outputs may be cut anywhere.
+        """
+
+    def project(self, x: Tensor, maps: Sequence[Linear]) -> Sequence[Tensor]:
+        """The outputs of column maps that share an input, which a layout may exchange once for all of them."""
 
     def row_linear(self, inputs: int, outputs: int) -> nn.Module:
         """A map whose inputs a layout may slice, taking a column map's output; the output is whole."""
@@ -96,8 +104,11 @@ class LocalLayers:
     device: torch.device | None = None
     dtype: torch.dtype | None = None
 
-    def column_linear(self, inputs: int, outputs: int) -> Linear:
+    def column_linear(self, inputs: int, outputs: int, heads: int | None = None) -> Linear:
         return Linear(inputs, outputs, self.device, self.dtype)
+
+    def project(self, x: Tensor, maps: Sequence[Linear]) -> Sequence[Tensor]:
+        return [each(x) for each in maps]
 
     def row_linear(self, inputs: int, outputs: int) -> Linear:
         return Linear(inputs, outputs, self.device, self.dtype)

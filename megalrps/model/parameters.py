@@ -22,12 +22,29 @@ class Role(Enum):
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism may cut a parameter: along ``dimension``, into equal runs of whole units, of ``units``.
+
+    A unit is a head, a row of the vocabulary or a neuron. Where ``repeats`` and there are fewer units than ranks, a
+    unit is held by several ranks: the key-value heads of grouped-query attention.
+    """
+
+    dimension: int
+    units: int
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter of the whole model; ``shape`` is the global one, a linear map's is [outputs, inputs]."""
+    """One parameter of the whole model; ``shape`` is the global one, a linear map's is [outputs, inputs].
+
+    ``cut`` None: every tensor-parallel rank holds it whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: Role
+    cut: Cut | None = None
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
@@ -37,23 +54,26 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
 
 def _specs(config: ModelConfig) -> Iterator[ParameterSpec]:
     vocabulary, hidden = config.vocab_size, config.hidden_size
-    yield ParameterSpec("embedding.weight", (vocabulary, hidden), Role.EMBEDDING)
+    yield ParameterSpec("embedding.weight", (vocabulary, hidden), Role.EMBEDDING, Cut(0, vocabulary))
     for layer in range(config.num_layers):
         yield from _layer_specs(config, f"layers.{layer}")
     yield ParameterSpec("final_norm.weight", (hidden,), Role.NORM)
     if config.untie_embeddings_and_output_weights:
-        yield ParameterSpec("head.weight", (vocabulary, hidden), Role.HEAD)
+        yield ParameterSpec("head.weight", (vocabulary, hidden), Role.HEAD, Cut(0, vocabulary))
 
 
 def _layer_specs(config: ModelConfig, prefix: str) -> Iterator[ParameterSpec]:
     hidden, feed_forward = config.hidden_size, config.feed_forward_width
     query, key_value = config.query_width, config.key_value_width
+    heads = config.num_attention_heads
+    shared_heads, neurons = Cut(0, config.query_groups, repeats=True), Cut(0, feed_forward)
     yield ParameterSpec(f"{prefix}.attention_norm.weight", (hidden,), Role.NORM)
-    yield ParameterSpec(f"{prefix}.attention.query.weight", (query, hidden), Role.PROJECTION)
-    yield ParameterSpec(f"{prefix}.attention.key.weight", (key_value, hidden), Role.PROJECTION)
-    yield ParameterSpec(f"{prefix}.attention.value.weight", (key_value, hidden), Role.PROJECTION)
-    yield ParameterSpec(f"{prefix}.attention.output.weight", (hidden, query), Role.OUTPUT_PROJECTION)
+    yield ParameterSpec(f"{prefix}.attention.query.weight", (query, hidden), Role.PROJECTION, Cut(0, heads))
+    yield ParameterSpec(f"{prefix}.attention.key.weight", (key_value, hidden), Role.PROJECTION, shared_heads)
+    yield ParameterSpec(f"{prefix}.attention.value.weight", (key_value, hidden), Role.PROJECTION, shared_heads)
+    yield ParameterSpec(f"{prefix}.attention.output.weight", (hidden, query), Role.OUTPUT_PROJECTION, Cut(1, heads))
     yield ParameterSpec(f"{prefix}.feed_forward_norm.weight", (hidden,), Role.NORM)
-    yield ParameterSpec(f"{prefix}.feed_forward.gate.weight", (feed_forward, hidden), Role.PROJECTION)
-    yield ParameterSpec(f"{prefix}.feed_forward.up.weight", (feed_forward, hidden), Role.PROJECTION)
-    yield ParameterSpec(f"{prefix}.feed_forward.down.weight", (hidden, feed_forward), Role.OUTPUT_PROJECTION)
+    yield ParameterSpec(f"{prefix}.feed_forward.gate.weight", (feed_forward, hidden), Role.PROJECTION, neurons)
+    yield ParameterSpec(f"{prefix}.feed_forward.up.weight", (feed_forward, hidden), Role.PROJECTION, neurons)
+    down = (hidden, feed_forward)
+    yield ParameterSpec(f"{prefix}.feed_forward.down.weight", down, Role.OUTPUT_PROJECTION, Cut(1, feed_forward))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megalrps.errors import InputError, RepeatedError
+from megalrps.parallel.group import Group
 
 T = TypeVar("T")
 
@@ -17,24 +18,13 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 
 
 @dataclass(frozen=True)
-class World:
-    """The place of this process among those of the launch; ``group`` is None for a process that runs alone."""
-
-    rank: int
-    size: int
-    device: torch.device
-    group: dist.ProcessGroup | None
+class World(Group):
+    """All processes of the launch: what they decide, write and fail at together."""
 
     @property
     def is_first(self) -> bool:
         """Whether this is the one rank that writes logs, metrics and manifests."""
         return self.rank == 0
-
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add ``tensor`` up over all ranks, in place; returns it."""
-        if self.group is not None:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
 
     def decided(self, decide: Callable[[], T]) -> T:
         """What ``decide`` gives on the first rank, on every rank.
@@ -46,6 +36,13 @@ class World:
         if self.group is not None:
             dist.broadcast_object_list(answer, src=0, group=self.group)
         return cast(T, answer[0])
+
+    def gathered(self, value: T) -> list[T]:
+        """What every rank hands in, by rank, on every rank."""
+        values = [value] * self.size
+        if self.group is not None:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def together(self, act: Callable[[], T]) -> T:
         """What ``act`` gives on this rank, once it has succeeded on every rank; see :meth:`agree` where it has not."""

@@ -1,0 +1,197 @@
+"""The main command at other layouts: the single process's numbers, its checkpoints, and the flags that are refused."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from tiny_job import (
+    ENTRY,
+    TinyData,
+    checkpoints,
+    command,
+    differing,
+    launch,
+    metrics,
+    opened,
+    results,
+    summary,
+    tensors,
+    trained,
+    world_of_harness,
+)
+
+from megalrps.errors import InputError, RepeatedError
+from megalrps.evaluation import report
+from megalrps.model.transformer import SummedLoss, Transformer
+from megalrps.training import loop
+from megalrps.training.loop import NonFiniteError
+
+HEADS = ("--num-attention-heads", "4", "--num-query-groups", "2")
+TP2 = ("--tensor-model-parallel-size", "2")
+TP2_SP = (*TP2, "--sequence-parallel")
+TP4_SP = ("--tensor-model-parallel-size", "4", "--sequence-parallel")
+LAST = "v2-00000018"
+
+
+def _rank_trains(rank: int, arguments: list[str]) -> None:
+    undrawn = SimpleNamespace(page="")
+    with mock.patch.object(report, "write_report", lambda run, page: undrawn):
+        trained(arguments, world_of_harness())
+
+
+def _rank_loads(rank: int, arguments: list[str], name: str) -> dict[str, np.ndarray]:
+    """The global tensors that a checkpoint fills at another layout."""
+    with opened(arguments, world_of_harness()) as run:
+        run.load_first([name])
+        return {
+            key: (value.full_tensor() if hasattr(value, "full_tensor") else value).numpy().copy()
+            for key, value in run.state.tensors().items()
+        }
+
+
+@pytest.fixture(scope="module")
+def two(data: TinyData) -> TinyData:
+    """Two increments: forks at 4 and 13, releases at 10 and 18."""
+    return data.first(2)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, two: TinyData) -> Path:
+    return trained(command(two, tmp_path_factory.mktemp("alone") / "run", *HEADS))
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, two: TinyData) -> Path:
+    """The directory of a run at tp 2 x dp 2; not to be written to."""
+    from distributed_harness import run_ranks
+
+    directory = tmp_path_factory.mktemp("cut")
+    run_ranks(directory / "rendezvous", 4, _rank_trains, command(two, directory / "run", *HEADS, *TP2_SP))
+    return directory / "run"
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def test_a_run_at_tp2_dp2_tells_what_a_single_process_tells(alone: Path, cut: Path):
+    found, expected = results(cut), results(alone)
+    assert losses(cut) == pytest.approx(losses(alone), rel=1e-4)
+    norms = [[line["grad_norm"] for line in each["metrics"]] for each in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert found["checkpoints"] == expected["checkpoints"]
+    for release, wanted in zip(summary(cut)["releases"], summary(alone)["releases"], strict=True):
+        assert release["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
+    assert found["plan"] == expected["plan"]
+
+
+def test_a_checkpoint_does_not_tell_the_layout_that_made_it(alone: Path, cut: Path):
+    found, expected = tensors(cut, LAST), tensors(alone, LAST)
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    for name, tensor in expected.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-3 * float(tensor.abs().max()))
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(4, TP4_SP), (4, ()), (2, TP2), (1, ())], ids=["tp4", "dp4", "tp2", "1"])
+def test_any_layout_loads_the_bits_that_tp2_dp2_saved(
+    run_ranks, two: TinyData, cut: Path, tmp_path: Path, ranks: int, layout: tuple[str, ...]
+):
+    (tmp_path / "run").mkdir()
+    for entry in cut.iterdir():
+        (tmp_path / "run" / entry.name).symlink_to(entry)
+    whole = tensors(cut, LAST)
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in whole)
+    for found in run_ranks(ranks, _rank_loads, command(two, tmp_path / "run", *HEADS, *layout), LAST):
+        assert differing({name: torch.from_numpy(value) for name, value in found.items()}, whole) == []
+
+
+def test_a_run_goes_on_at_any_other_layout(run_ranks, two: TinyData, alone: Path, tmp_path: Path):
+    for increments, ranks, layout in ((1, 4, TP2), (2, 4, TP4_SP)):
+        run_ranks(ranks, _rank_trains, command(two.first(increments), tmp_path / "run", *HEADS, *layout))
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+    assert checkpoints(tmp_path / "run") == checkpoints(alone)
+
+
+def test_bf16_learns_at_tp2(run_ranks, two: TinyData, alone: Path, tmp_path: Path):
+    run_ranks(2, _rank_trains, command(two, tmp_path / "run", *HEADS, *TP2_SP, "--bf16"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=0.02)
+    kept = tensors(tmp_path / "run", LAST)
+    assert {tensor.dtype for name, tensor in kept.items() if name != "optimizer.updates"} == {torch.float32}
+
+
+def _rank_trains_on_nothing_at_update_3(rank: int, arguments: list[str]) -> tuple[int, str]:
+    original, calls = Transformer.loss, []
+
+    def failing(self: Transformer, *args: Any) -> SummedLoss:
+        calls.append(args)
+        loss = original(self, *args)
+        return SummedLoss(loss.total * float("nan"), loss.tokens) if rank == 1 and len(calls) == 3 else loss
+
+    with mock.patch.object(Transformer, "loss", failing), opened(arguments, world_of_harness()) as run:
+        try:
+            loop.train(run)
+        except (NonFiniteError, RepeatedError) as error:
+            return len(calls), str(error).partition(":")[0]
+    raise AssertionError("the loss of one rank was lost")
+
+
+def test_what_is_no_number_on_one_tensor_parallel_rank_stops_them_all(run_ranks, two: TinyData, tmp_path: Path):
+    told = run_ranks(4, _rank_trains_on_nothing_at_update_3, command(two, tmp_path / "run", *HEADS, *TP2))
+    assert told == [(3, "path main, step 3")] * 4
+
+
+def _rank_opens(rank: int, arguments: list[str]) -> str:
+    try:
+        with opened(arguments, world_of_harness()):
+            return "opened"
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "named"),
+    [
+        (2, ("--tensor-model-parallel-size", "3"), "--tensor-model-parallel-size 3 does not divide the 2 ranks"),
+        (2, (*TP2, "--num-attention-heads", "1"), "--tensor-model-parallel-size 2 does not divide --num-attention-h"),
+        (2, (*TP2_SP, "--seq-length", "15"), "--sequence-parallel cuts --seq-length 15 into 2"),
+        (2, (*TP2, "--ffn-hidden-size", "63"), "does not divide --ffn-hidden-size 63"),
+        (4, (*TP2, "--global-batch-size", "3"), "not a multiple of the 2 data-parallel ranks"),
+        (2, (*TP2, "--world-size", "2"), "--world-size is for --dry-run"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_all_ranks_before_anything_is_written(
+    run_ranks, two: TinyData, tmp_path: Path, ranks: int, flags: Sequence[str], named: str
+):
+    for told in run_ranks(ranks, _rank_opens, command(two, tmp_path / "run", *flags)):
+        assert named in told
+    assert not (tmp_path / "run").exists()
+
+
+def described(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert launch([*arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_tells_the_layout_without_its_ranks(two: TinyData, tmp_path: Path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = command(two, tmp_path / "run", *HEADS)
+    one = json.loads(described(capsys, [*arguments, "--json"]))
+    cut = json.loads(described(capsys, [*arguments, *TP2_SP, "--world-size", "4", "--json"]))
+    assert one["layout"] == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
+    assert cut["layout"] == {"pp": 1, "dp": 2, "cp": 1, "tp": 2}
+    assert one["parameters"] == cut["parameters"] == one["parameters_per_rank"] < 2 * cut["parameters_per_rank"]
+    assert cut["bytes_per_rank"]["total"] < one["bytes_per_rank"]["total"] / 2
+    assert one["bytes_sent_per_step"] == {"tensor": 0, "data": 0}
+    assert min(cut["bytes_sent_per_step"].values()) > 0
+    assert "layout      tp 2 x dp 1" in described(capsys, [*arguments, *TP2])
+    assert ENTRY.exists() and not (tmp_path / "run").exists()
