@@ -13,10 +13,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from megalrps.commandline import run_tool
 from megalrps.config import Config, parse_config
 from megalrps.errors import InputError, RepeatedError
+from megalrps.training.signals import die_with_launcher
 
 
 def main() -> None:
     """Train what the plan still lacks, evaluate its releases, and write summary and report."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_launcher()
     config = parsed(sys.argv[1:])
     if config.dry_run:
         describe(config)
@@ -41,11 +44,16 @@ def describe(config: Config) -> None:
     """What ``--dry-run`` prints."""
     from megalrps.training.describe import describe_job, job_as_json
     from megalrps.training.prepare import prepare
+    from megalrps.training.run import check_place
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = config.world_size
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", config.parallel.tensor_model_parallel_size))
     job = prepare(config, world_size)
+    if config.checkpoint.save:
+        check_place(job)
     if os.environ.get("RANK", "0") == "0":  # under torchrun too, one answer
-        print(json.dumps(job_as_json(job, world_size)) if config.json else describe_job(job, world_size))
+        print(json.dumps(job_as_json(job)) if config.json else describe_job(job))
 
 
 def pretrain(config: Config) -> None:
@@ -54,10 +62,7 @@ def pretrain(config: Config) -> None:
     from megalrps.parallel.world import open_world
     from megalrps.training.loop import train
     from megalrps.training.run import open_run
-    from megalrps.training.signals import die_with_launcher
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_launcher()
     runtime = config.runtime
     with (
         open_world(

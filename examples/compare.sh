@@ -3,10 +3,7 @@
 #   examples/compare.sh        takes CORPUS, RUN and TRAIN_ARGS as examples/quickstart.sh does
 set -euo pipefail
 cd "$(dirname "$0")/.."
-CORPUS=${CORPUS:-}
-RUN=${RUN:-runs/compare}
-DATA=${DATA:-runs/data/$(basename "${CORPUS:-standard_library}")}
-read -r -a FLAGS <<< "${TRAIN_ARGS:-}"
+source examples/places.sh runs/compare
 PARADIGMS=(ptfs cpt lrps)
 
 examples/prepare_data.sh "$DATA" "$CORPUS"

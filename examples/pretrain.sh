@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrain a LLaMA of 203M parameters by learning rate path switching, on one node or several: a launch script in the
-# manner of Megatron-LM's. Layouts: data parallelism only; every rank holds the whole model.
+# manner of Megatron-LM's. Every rank holds the whole model; other layouts: docs/parallel.md.
 #
 #   examples/pretrain.sh RUN TENSORBOARD TOKENIZER INCREMENT [INCREMENT ...]
 #

@@ -6,10 +6,7 @@
 # Killed or finished, it goes on from what is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-CORPUS=${CORPUS:-}
-RUN=${RUN:-runs/quickstart}
-DATA=${DATA:-runs/data/$(basename "${CORPUS:-standard_library}")}
-read -r -a FLAGS <<< "${TRAIN_ARGS:-}"
+source examples/places.sh runs/quickstart
 
 examples/prepare_data.sh "$DATA" "$CORPUS"
 examples/train_small.sh "$DATA" "$RUN" "${FLAGS[@]}"

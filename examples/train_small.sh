@@ -10,9 +10,13 @@ mapfile -t NAMES < <(python examples/increment_names.py "$DATA/text")
 INCREMENTS=("${NAMES[@]/%/.train_text_document}")
 HELD_OUT=("${NAMES[@]/%/.valid_text_document}")
 
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt.py \
-    --config examples/quickstart.yaml \
-    --increments "${INCREMENTS[@]/#/$DATA/}" \
-    --valid-data-path "${HELD_OUT[@]/#/$DATA/}" \
-    --tokenizer-model "$DATA/tokenizer.model" \
+ARGUMENTS=(
+    --config examples/quickstart.yaml
+    --increments "${INCREMENTS[@]/#/$DATA/}"
+    --valid-data-path "${HELD_OUT[@]/#/$DATA/}"
+    --tokenizer-model "$DATA/tokenizer.model"
     --save "$RUN" "$@"
+)
+# A mistake is told in one line here; under torchrun a page of its own would follow it.
+WORLD_SIZE=$RANKS python pretrain_gpt.py "${ARGUMENTS[@]}" --dry-run > /dev/null
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt.py "${ARGUMENTS[@]}"

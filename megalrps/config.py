@@ -17,6 +17,7 @@ from megalrps.data.options import DataOptions
 from megalrps.errors import InputError
 from megalrps.model.config import ModelConfig
 from megalrps.model.presets import PRESETS
+from megalrps.parallel.options import ParallelOptions
 from megalrps.paths.options import PlanOptions
 from megalrps.training.options import (
     CheckpointOptions,
@@ -49,10 +50,14 @@ class Config:
     json: bool = False
     """With --dry-run: print one JSON object instead of text."""
 
+    world_size: int | None = None
+    """With --dry-run: describe a launch of so many ranks; unset: torchrun's, or without it the layout's fewest."""
+
     model: ModelConfig = field(default_factory=_no_model)
     plan: PlanOptions = field(default_factory=PlanOptions)
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
@@ -61,10 +66,16 @@ class Config:
     def check(self, world_size: int) -> None:
         """Raise InputError, naming the flag, for options that no run can use; nothing has been read or written yet."""
         self.data.check()
-        self.training.check(world_size)
+        if self.world_size is not None and not self.dry_run:
+            raise InputError("--world-size is for --dry-run: a launch has the ranks that torchrun starts")
+        if self.world_size is not None and self.world_size < 1:
+            raise InputError(f"--world-size {self.world_size}: must be at least 1")
+        layout = self.parallel.layout(world_size)
+        self.parallel.check(self.data.seq_length)
+        self.training.check(layout.dp)
         self.optimizer.check()
         self.logging.check()
-        if not self.dry_run:
+        if self.checkpoint.save or not self.dry_run:
             self.checkpoint.check()
 
     def to_json(self) -> dict[str, Any]:

@@ -15,6 +15,10 @@ class SaveError(CheckpointError):
     """A rank could not write its part; nothing was committed, on any rank."""
 
 
+class NoSpaceError(SaveError, InputError):
+    """A save that the file system refused: full, over quota, too large a file, read-only. Nothing was committed."""
+
+
 class LoadError(CheckpointError):
     """A rank could not read its part for a reason that is not the checkpoint's; the tensors may be half loaded."""
 

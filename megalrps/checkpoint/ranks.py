@@ -1,5 +1,6 @@
 """The processes that save or load one checkpoint among them, and how they agree that all of them succeeded."""
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -7,10 +8,12 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from megalrps.checkpoint.errors import CheckpointError
+from megalrps.checkpoint.errors import CheckpointError, NoSpaceError, SaveError
 from megalrps.errors import InputError
 
 Result = TypeVar("Result")
+
+_REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ def _portable(error: BaseException, rank: int, kind: type[CheckpointError], what
     """An exception that pickles (other ranks get it) and that callers can tell apart."""
     if isinstance(error, CheckpointError | InputError):
         return error
-    portable = kind(f"{what}: rank {rank}: {type(error).__name__}: {error}")
+    reason = f"{what}: rank {rank}: {type(error).__name__}: {error}"
+    if kind is SaveError and isinstance(error, OSError) and error.errno in _REFUSALS:
+        reason += "; make room and start again: all that was committed is there, and nothing half-written is left"
+        kind = NoSpaceError
+    portable = kind(reason)
     portable.__cause__ = error
     return portable

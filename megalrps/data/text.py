@@ -5,6 +5,7 @@ no documents. A line that cannot be used (not UTF-8, not JSON, without the key, 
 InputError with its place, or counted and skipped (see :class:`BadLines`). A damaged file is always an InputError.
 """
 
+import codecs
 import glob
 import gzip
 import json
@@ -222,11 +223,18 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield last
 
 
+def _without_mark(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines, the first one without the byte order mark that some editors put there."""
+    if (first := next(lines, None)) is not None:
+        yield first.removeprefix(codecs.BOM_UTF8)
+    yield from lines
+
+
 def _batched(lines: Iterator[bytes]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
     batch: list[bytes] = []
     size = 0
     first_line = 1
-    for line in lines:
+    for line in _without_mark(lines):
         batch.append(line)
         size += len(line)
         if size >= _BATCH_BYTES or len(batch) >= _BATCH_LINES:

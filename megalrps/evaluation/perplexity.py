@@ -16,7 +16,7 @@ from megalrps.data.increment import OpenIncrement
 from megalrps.data.stream import sequential_windows
 from megalrps.errors import InputError
 from megalrps.model.transformer import SummedLoss
-from megalrps.parallel.world import World
+from megalrps.parallel.group import Group
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def evaluate(
     sequence_length: int,
     micro_batch_size: int,
     bf16: bool,
-    world: World,
+    world: Group,
 ) -> HeldOutLoss:
     """The loss of ``model`` on all of ``increment``, in windows of ``sequence_length`` predictions without overlap.
 
     A window sees nothing of the one before it, so figures are comparable only at equal sequence lengths. Rank r of
-    ``world`` takes every world-th batch of ``micro_batch_size`` windows and the sums are added in fp64: batches do not
-    depend on the number of ranks, hence the result neither, up to the rounding of that sum. All ranks return the same.
-    Every module's training mode is as before afterwards.
+    ``world``, the data-parallel ranks, takes every world-th batch of ``micro_batch_size`` windows and the sums are
+    added in fp64: batches do not depend on the number of ranks, hence the result neither, up to the rounding of that
+    sum. All ranks return the same. Every module's training mode is as before afterwards.
 
     Raises InputError for an increment without a token to predict or a count of text bytes, and for sizes below 1.
     """
@@ -107,7 +107,7 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
 _Part = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
-def _batches(increment: OpenIncrement, sequence_length: int, size: int, world: World) -> Iterator[_Part]:
+def _batches(increment: OpenIncrement, sequence_length: int, size: int, world: Group) -> Iterator[_Part]:
     """This rank's batches of inputs [B, S], labels [B, S] and mask [B, S]; B is ``size`` or, once, less."""
     windows = sequential_windows(increment, sequence_length)
     number = 0

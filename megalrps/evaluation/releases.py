@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megalrps.data.increment import OpenIncrement
+from megalrps.errors import InputError
 from megalrps.evaluation.perplexity import HeldOutLoss, evaluate
 from megalrps.evaluation.summary import Release, Summary, write_summary
 from megalrps.files import write_json
@@ -30,7 +31,7 @@ def evaluate_releases(run: Run) -> None:
         if not missing:
             continue
         model = run.state.model
-        run.store.load(name, {f"model.{parameter}": value for parameter, value in run.state.buffers.named_parameters()})
+        run.store.load(name, run.state.weights())
         run.state.checkpoint = None  # the weights are the release's now, the moments are not
         for place in missing:
             loss = _measure(run, model, run.job.held_out[place])
@@ -68,8 +69,13 @@ def finish_run(run: Run) -> None:
         parameters=parameter_count(job.model),
     )
     write_summary(run.directory.summary, summary)
-    report = write_report(read_run(run.directory.root), run.directory.report)
-    run.log.say(f"summary {run.directory.summary}, report {report.page}")
+    run.log.say(f"summary {run.directory.summary}")
+    try:
+        report = write_report(read_run(run.directory.root), run.directory.report)
+    except InputError as error:  # a file that only the report reads was lost; what was trained and measured is whole
+        run.log.say(f"no report: {error}")
+    else:
+        run.log.say(f"report {report.page}")
 
 
 def _measure(run: Run, model: Transformer, held_out: OpenIncrement) -> HeldOutLoss:
@@ -78,9 +84,9 @@ def _measure(run: Run, model: Transformer, held_out: OpenIncrement) -> HeldOutLo
         model,
         held_out,
         sequence_length=run.job.config.data.seq_length,
-        micro_batch_size=training.micro_batch(run.world.size),
+        micro_batch_size=run.job.micro_batch_size,
         bf16=training.bf16,
-        world=run.world,
+        world=run.mesh.data,
     )
 
 

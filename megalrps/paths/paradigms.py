@@ -74,13 +74,24 @@ def ptfs(increments: tuple[Increment, ...], options: PlanOptions) -> Plan:
 
 def cpt(increments: tuple[Increment, ...], options: PlanOptions) -> Plan:
     """Continual pre-training: every version goes on from the last, on the new data alone, re-warmed from 0 to the
-    maximal rate and over one more full schedule (arXiv 2308.04014)."""
+    maximal rate and over one more full schedule (arXiv 2308.04014).
+
+    The default warm-up takes at most half of an increment; one that is asked for must fit them all.
+    """
     warmup = warmup_steps(increments, options)
+    chosen = options.lr_warmup_iters is not None
     paths: list[Path] = []
     curve = Curve(())
     for version in versions_of(increments, options):
         curve = curve.then(
-            *full_pieces(options.lr_decay_style, version.start, version.end, warmup, options.lr, options.min_lr)
+            *full_pieces(
+                options.lr_decay_style,
+                version.start,
+                version.end,
+                warmup if chosen else min(warmup, (version.end - version.start) // 2),
+                options.lr,
+                options.min_lr,
+            )
         )
         paths.append(
             Path(

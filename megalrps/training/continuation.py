@@ -1,9 +1,13 @@
-"""Whether a run may go on with the options it is given: whatever would change the result is refused by name."""
+"""Whether a run may go on with the options it is given, and whether its ranks were given the same ones.
 
-from collections.abc import Iterator, Mapping
+Whatever would change the result is refused by name.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megalrps import __version__
 from megalrps.checkpoint.lineage import Lineage
 from megalrps.checkpoint.record import CheckpointRecord
 from megalrps.errors import InputError
@@ -38,6 +42,33 @@ def check_continuation(lineage: Lineage, job: Job, run: Path) -> None:
                 f"--save {run} holds {name}, trained with other options: {'; '.join(differences)}. "
                 "Give the old options to go on, or name another directory"
             )
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """What must be the same on every rank of a launch, by the name that a message gives it."""
+    options = {
+        f"--{option.replace('_', '-')}": value
+        for section, body in job.resolved().items()
+        if section != "runtime"
+        for option, value in body.items()
+    }
+    contents = {f"the content of {each.dataset.prefix}": each.manifest.fingerprint for each in job.held_out}
+    data = {f"the content of increment {name}": content for name, content in job.data_fingerprints().items()}
+    return {**options, **data, **contents, "the plan": job.plan.fingerprint, "the version of megalrps": __version__}
+
+
+def difference_between_ranks(identities: Sequence[Mapping[str, Any]]) -> InputError | None:
+    """The error of a launch whose ranks would not train one job (one node's files are old); None where all would."""
+    first = identities[0]
+    for rank, other in enumerate(identities):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            told = "; ".join(f"{name}: {_text(first.get(name))} and {_text(other.get(name))}" for name in names[:4])
+            return InputError(
+                f"ranks 0 and {rank} were not started with the same job: {told}. Give every rank the same command, "
+                "files and installation"
+            )
+    return None
 
 
 def _settings(record: CheckpointRecord, job: Job) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megalrps.data.stream import SampleStream
+from megalrps.errors import InputError
 from megalrps.model.counts import flops_per_token
 from megalrps.model.initialisation import initialise_
 from megalrps.paths.plan import Segment, Window
@@ -20,7 +21,7 @@ from megalrps.training.step import Batch, StepResult, train_step
 from megalrps.training.throughput import peak_flops
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(InputError):
     """A loss or gradient norm that is no number: training stopped, and nothing of that step was committed."""
 
 
@@ -60,7 +61,7 @@ class Loop:
         candidates = list(run.lineage.resumable(segment.path, fingerprint, segment.start, segment.end))
         candidates += [source] if source is not None else []
         if not candidates:
-            initialise_(state.model, run.job.model, self.options.seed)
+            initialise_(state.model, run.job.model, self.options.seed, state.buffers.placements)
             state.optimizer.reset()
             state.step, state.train_seconds = 0, 0.0
         elif state.checkpoint != candidates[0]:
@@ -79,15 +80,16 @@ class Loop:
             self.state,
             self.batch(self.plan.window_at(segment.path, step), step),
             learning_rate=self.plan.path(segment.path).curve(step),
-            micro_batch=self.options.micro_batch(run.world.size),
+            micro_batch=run.job.micro_batch_size,
             bf16=self.options.bf16,
-            world=run.world,
+            world=run.mesh.data,
         )
         seconds = time.perf_counter() - started
         if not result.is_finite:
+            # on every rank and without asking the others: a rank that alone saw it must not wait for them
             raise NonFiniteError(
                 f"path {segment.path}, step {step}: loss {result.loss}, gradient norm {result.gradient_norm}; "
-                "nothing of this step was saved. Lower --lr or lengthen --lr-warmup-iters"
+                "nothing of this step was saved. Train with a lower --lr or longer warm-up, in a new --save"
             )
         self.state.step = step
         self.state.train_seconds += seconds
@@ -97,12 +99,12 @@ class Loop:
         run.log.step(metrics, segment.end)
 
     def batch(self, window: Window, step: int) -> Batch:
-        """This rank's samples of update ``step``: a contiguous share of the global batch, whatever the world size."""
-        size, world = self.options.global_batch_size, self.run.world
+        """This rank's samples of update ``step``: a contiguous share of the global batch, whatever the layout."""
+        size, data = self.options.global_batch_size, self.run.mesh.data
         if window.increments not in self._streams:
             self._streams[window.increments] = self.run.job.stream(window.increments)
-        share = size // world.size
-        first = (step - 1 - window.start) * size + world.rank * share
+        share = size // data.size
+        first = (step - 1 - window.start) * size + data.rank * share
         samples = self._streams[window.increments].samples(np.arange(first, first + share, dtype=np.int64))
         return Batch(samples, size * self.run.job.config.data.seq_length)
 

@@ -51,8 +51,12 @@ class Optimizer:
             moment.zero_()
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
-        """("updates", count), then ("exp_avg.NAME" or "exp_avg_sq.NAME", view) for every parameter NAME."""
+        """("updates", count), then ("exp_avg.NAME" or "exp_avg_sq.NAME", view) for every parameter NAME.
+
+        The views are global ones (:meth:`FlatBuffers.as_global`).
+        """
         yield "updates", self.updates
         for kind, moments in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             for group, moment in zip(self.buffers.groups, moments, strict=True):
-                yield from ((f"{kind}.{name}", view) for name, view in group.named(moment))
+                for name, view in group.named(moment):
+                    yield f"{kind}.{name}", self.buffers.as_global(name, view)

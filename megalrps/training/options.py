@@ -22,25 +22,25 @@ class TrainingOptions:
     seed: int = 1234
     """Seed of the initial weights and of the sample order."""
 
-    def check(self, world_size: int) -> None:
-        """Raise InputError where the batch cannot be shared out evenly."""
+    def check(self, ranks: int) -> None:
+        """Raise InputError where the batch cannot be shared out evenly over ``ranks`` data-parallel ones."""
         if self.global_batch_size < 1:
             raise InputError(f"--global-batch-size {self.global_batch_size}: must be at least 1")
-        if self.global_batch_size % world_size:
+        if self.global_batch_size % ranks:
             raise InputError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of the {world_size} data-parallel "
+                f"--global-batch-size {self.global_batch_size} is not a multiple of the {ranks} data-parallel "
                 "ranks: change it or --nproc-per-node"
             )
-        local = self.global_batch_size // world_size
+        local = self.global_batch_size // ranks
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or local % self.micro_batch_size):
             raise InputError(
                 f"--micro-batch-size {self.micro_batch_size} does not divide the {local} samples of a rank "
-                f"(--global-batch-size {self.global_batch_size} over {world_size} ranks)"
+                f"(--global-batch-size {self.global_batch_size} over {ranks} ranks)"
             )
 
-    def micro_batch(self, world_size: int) -> int:
-        """Samples of one pass on one of ``world_size`` ranks."""
-        return self.micro_batch_size or self.global_batch_size // world_size
+    def micro_batch(self, ranks: int) -> int:
+        """Samples of one pass on one of ``ranks`` data-parallel ranks."""
+        return self.micro_batch_size or self.global_batch_size // ranks
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class CheckpointOptions:
     save: str | None = None
     """Run directory: plan, metrics, checkpoints, summary and report. A run found there is continued."""
 
-    save_interval: int = 0
-    """Steps between the checkpoints in between (0: at forks and releases only)."""
+    save_interval: int = 1000
+    """Steps between the checkpoints in between; 0: at forks and releases only."""
 
     save_keep: int = 2
     """How many of the checkpoints in between are kept on a path; older ones are removed."""

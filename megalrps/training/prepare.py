@@ -6,10 +6,12 @@ from typing import Any
 
 from megalrps.config import Config
 from megalrps.data.increment import OpenIncrement, open_increment
-from megalrps.data.stream import SampleStream
+from megalrps.data.stream import SampleStream, sequential_windows
 from megalrps.data.tokenizer import load_tokenizer
 from megalrps.errors import InputError
 from megalrps.model.config import ModelConfig, with_vocabulary
+from megalrps.model.sharding import check_tensor_parallel
+from megalrps.parallel.layout import Layout
 from megalrps.paths.paradigms import build_plan
 from megalrps.paths.plan import Increment, Plan
 
@@ -23,6 +25,12 @@ class Job:
     plan: Plan
     increments: tuple[OpenIncrement, ...]
     held_out: tuple[OpenIncrement, ...]
+    layout: Layout
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one pass on one rank."""
+        return self.config.training.micro_batch(self.layout.dp)
 
     def stream(self, names: tuple[str, ...]) -> SampleStream:
         """The sample stream over the union of the named increments."""
@@ -53,21 +61,44 @@ def prepare(config: Config, world_size: int) -> Job:
     config.check(world_size)
     increments = tuple(open_increment(prefix) for prefix in config.data.increments)
     held_out = tuple(open_increment(prefix) for prefix in config.data.valid_data_path)
-    _check_names(increments)
+    _check_names(increments, held_out)
     vocabulary = _common_vocabulary(config, (*increments, *held_out))
     model = with_vocabulary(config.model, vocabulary)
     model.validate()
+    layout = config.parallel.layout(world_size)
+    check_tensor_parallel(model, layout.tp)
     plan = build_plan(_planned_increments(config, increments), config.plan)
-    return Job(config, model, plan, increments, held_out)
+    job = Job(config, model, plan, increments, held_out, layout)
+    _check_every_window(job)
+    return job
 
 
-def _check_names(increments: tuple[OpenIncrement, ...]) -> None:
+def _check_every_window(job: Job) -> None:
+    """Every stream that some step will ask for can be drawn from, and every held-out part predicted: found out now."""
+    for names in {window.increments for path in job.plan.paths for window in path.windows}:
+        job.stream(names)
+    for part in job.held_out:
+        sequential_windows(part, job.config.data.seq_length)
+
+
+def _check_names(increments: tuple[OpenIncrement, ...], held_out: tuple[OpenIncrement, ...]) -> None:
     counts = Counter(increment.manifest.name for increment in increments)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise InputError(
             f"--increments holds two increments named {twice[0]}: preprocess one of them again with another --name"
         )
+    for increment, part in zip(increments, held_out, strict=bool(held_out)):
+        if part.manifest.name != increment.manifest.name and part.manifest.name in counts:
+            raise InputError(
+                f"--valid-data-path: {part.dataset.prefix} is named {part.manifest.name} and stands where the held-out "
+                f"part of {increment.manifest.name} is due: name the parts in the order of --increments"
+            )
+        if part.manifest.bin_digest in {each.manifest.bin_digest for each in increments}:
+            raise InputError(
+                f"--valid-data-path: {part.dataset.prefix} holds the tokens of an increment that is trained on: "
+                "name its held-out part"
+            )
 
 
 def _common_vocabulary(config: Config, datasets: tuple[OpenIncrement, ...]) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from megalrps.checkpoint.lineage import Lineage, read_lineage
@@ -13,13 +14,18 @@ from megalrps.config import Config
 from megalrps.data.permutation import IMPLEMENTATION
 from megalrps.files import write_json, write_text
 from megalrps.fingerprint import fingerprint
+from megalrps.model.layers import Layers, LocalLayers
+from megalrps.model.sharding import key_value_copies, placements
+from megalrps.model.tensor_layers import TensorLayers
 from megalrps.model.transformer import Transformer
 from megalrps.parallel.buffers import FlatBuffers
+from megalrps.parallel.mesh import Mesh, make_mesh
+from megalrps.parallel.tensor import TensorParallel
 from megalrps.parallel.world import World
 from megalrps.paths.cost import cost_steps
 from megalrps.paths.plan import Segment
 from megalrps.training.console import Log
-from megalrps.training.continuation import check_continuation
+from megalrps.training.continuation import check_continuation, difference_between_ranks, identity
 from megalrps.training.describe import describe_size
 from megalrps.training.metrics import MetricsFile
 from megalrps.training.optimizer import Optimizer
@@ -27,13 +33,23 @@ from megalrps.training.prepare import Job, prepare
 from megalrps.training.run_directory import RunDirectory
 from megalrps.training.state import TrainState
 
+_IMPLEMENTATIONS = {
+    "native": "native code",
+    "numpy": "numpy (megalrps._native is not built: python setup.py build_ext --inplace, with a C++20 compiler)",
+}
+
 
 @dataclass
 class Run:
-    """One launch's hold on a run directory. ``metrics`` is None on every rank but the first."""
+    """One launch's hold on a run directory.
+
+    ``world``, all ranks, decides, writes and fails together; ``mesh`` has the groups that train. ``metrics`` is None on
+    every rank but the first.
+    """
 
     job: Job
     world: World
+    mesh: Mesh
     directory: RunDirectory
     store: Store
     lineage: Lineage
@@ -99,6 +115,13 @@ class Run:
         )
 
 
+def check_place(job: Job) -> None:
+    """Raise InputError where :func:`open_run` would refuse the job's directory; makes and changes nothing."""
+    directory = RunDirectory(Path(str(job.config.checkpoint.save)))
+    directory.check()
+    check_continuation(read_lineage(directory.checkpoints), job, directory.root)
+
+
 @contextmanager
 def open_run(config: Config, world: World) -> Iterator[Run]:
     """Check everything, take hold of the run directory, and stand ready to train what its plan still lacks.
@@ -108,13 +131,20 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     """
     with ExitStack() as stack:
         job = world.together(lambda: prepare(config, world.size))
+        world.agree(difference_between_ranks(world.gathered(identity(job))))
         directory = RunDirectory(Path(str(config.checkpoint.save)))
         world.decided(lambda: _take_hold(directory, stack))
         store = Store(directory.checkpoints, world.group)
         store.prepare()
         lineage = world.decided(lambda: read_lineage(store.directory))
-        check_continuation(lineage, job, directory.root)
-        yield world.together(lambda: _opened(job, world, directory, store, lineage, stack))
+        world.together(lambda: check_continuation(lineage, job, directory.root))
+        mesh = make_mesh(
+            job.layout,
+            world,
+            copies=frozenset({key_value_copies(job.model, job.layout.tp)}),
+            timeout=timedelta(minutes=config.runtime.distributed_timeout_minutes),
+        )
+        yield world.together(lambda: _opened(job, world, mesh, directory, store, lineage, stack))
 
 
 def _take_hold(directory: RunDirectory, stack: ExitStack) -> None:
@@ -122,7 +152,9 @@ def _take_hold(directory: RunDirectory, stack: ExitStack) -> None:
     stack.enter_context(directory.held())
 
 
-def _opened(job: Job, world: World, directory: RunDirectory, store: Store, lineage: Lineage, stack: ExitStack) -> Run:
+def _opened(
+    job: Job, world: World, mesh: Mesh, directory: RunDirectory, store: Store, lineage: Lineage, stack: ExitStack
+) -> Run:
     metrics = None
     if world.is_first:
         write_json(directory.plan, job.plan.to_json())
@@ -131,13 +163,14 @@ def _opened(job: Job, world: World, directory: RunDirectory, store: Store, linea
     done = sum(s.steps for s in job.plan.segments if lineage.finished(s.path, s.end, job.plan.segment_fingerprint(s)))
     total = cost_steps(job.plan)
     log = stack.enter_context(Log(job.config.logging, speaks=world.is_first, total_steps=total, done_steps=done))
-    log.say(describe_size(job, world.size))
-    log.say(f"run         {directory.root}: {done:,} of {total:,} steps done; sample order by {IMPLEMENTATION} code")
+    log.say(describe_size(job))
+    log.say(f"run         {directory.root}: {done:,} of {total:,} steps done")
+    log.say(f"samples     in the order computed by {_IMPLEMENTATIONS[IMPLEMENTATION]}")
     for reason in lineage.refused.values():
         log.say(f"not used: {reason}")
     if metrics is not None and metrics.dropped:
         log.say(f"dropped {metrics.dropped} lines of metrics that no checkpoint covers: those steps are done again")
-    return Run(job, world, directory, store, lineage, _uninitialised_state(job, world), metrics, log)
+    return Run(job, world, mesh, directory, store, lineage, _uninitialised_state(job, mesh), metrics, log)
 
 
 def _covered(lineage: Lineage) -> dict[str, int]:
@@ -148,7 +181,10 @@ def _covered(lineage: Lineage) -> dict[str, int]:
     return covered
 
 
-def _uninitialised_state(job: Job, world: World) -> TrainState:
-    model = Transformer(job.model).to(world.device)
-    buffers = FlatBuffers(model)
+def _uninitialised_state(job: Job, mesh: Mesh) -> TrainState:
+    ranks = TensorParallel(mesh.tensor, job.config.parallel.sequence_parallel)
+    layers: Layers = LocalLayers() if mesh.tensor.size == 1 else TensorLayers(ranks)
+    model = Transformer(job.model, layers=layers).to(mesh.tensor.device)
+    lie = placements(job.model, mesh.tensor.size, mesh.tensor.rank, sequence_parallel=ranks.sequence_parallel)
+    buffers = FlatBuffers(model, mesh=mesh, placements=lie)
     return TrainState(model, buffers, Optimizer(buffers, job.config.optimizer))

@@ -60,18 +60,29 @@ class RunDirectory:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            strangers = [entry.name for entry in self.root.iterdir() if not self._may_precede_a_plan(entry)]
-            if strangers and not self.plan.exists():
-                raise InputError(
-                    f"--save {self.root} is not empty and not a run directory (it holds {strangers[0]}): "
-                    "name a new directory"
-                )
+            self.check()
             self.checkpoints.mkdir(exist_ok=True)
             self.evaluations.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"--save {self.root} cannot be written ({error.strerror}): name a directory that can"
             ) from error
+
+    def check(self) -> None:
+        """Raise InputError where there is something else than a run; makes nothing."""
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise InputError(f"--save {self.root} is a file: name a directory")
+        strangers = [entry.name for entry in self.root.iterdir() if not self._may_precede_a_plan(entry)]
+        if strangers and not self._holds_a_run():
+            raise InputError(
+                f"--save {self.root} is not empty and not a run directory (it holds {strangers[0]}): "
+                "name a new directory"
+            )
+
+    def _holds_a_run(self) -> bool:
+        return self.plan.exists() or any(self.checkpoints.glob("*/manifest.json"))
 
     def _may_precede_a_plan(self, entry: Path) -> bool:
         """Whether ``entry`` is hidden, or an empty directory that a launch made and died before it wrote its plan."""

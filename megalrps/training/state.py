@@ -32,7 +32,12 @@ class TrainState:
         There is no random state: nothing in the network draws random numbers after its initialisation, and the
         samples of a step follow from the plan alone.
         """
-        return {
-            **{f"model.{name}": view for name, view in self.buffers.named_parameters()},
-            **{f"optimizer.{name}": view for name, view in self.optimizer.named_state()},
-        }
+        return {**self.weights(), **{f"optimizer.{name}": view for name, view in self.optimizer.named_state()}}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those of :meth:`tensors` that are the model's: what an evaluation loads.
+
+        Tensors cut over ranks are DTensors of the global shape on the live memory, so that any layout loads them.
+        """
+        named = self.buffers.named_parameters()
+        return {f"model.{name}": self.buffers.as_global(name, view) for name, view in named}

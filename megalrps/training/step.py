@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megalrps.parallel.world import World
+from megalrps.parallel.group import Group
 from megalrps.training.state import TrainState
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's share of one global batch.
+    """This rank's share of one global batch; the ranks of a tensor-parallel group have the same one.
 
     tokens: int64 [samples of this rank, seq_length + 1]; inputs are ``[:, :-1]``, labels ``[:, 1:]``.
     global_tokens: labels of the whole global batch, over all ranks.
@@ -35,8 +35,10 @@ class StepResult:
         return bool(np.isfinite(self.loss) and np.isfinite(self.gradient_norm))
 
 
-def forward_backward(state: TrainState, batch: Batch, *, micro_batch: int, bf16: bool, world: World) -> torch.Tensor:
+def forward_backward(state: TrainState, batch: Batch, *, micro_batch: int, bf16: bool, world: Group) -> torch.Tensor:
     """Leave the gradient of the global mean loss in the buffers, summed over ranks; returns that loss (a scalar).
+
+    ``world`` holds the data-parallel ranks, which share out the batch.
 
     Each micro-batch adds the gradient of its *sum* of token losses over the *global* token count, so the result does
     not depend on how the batch is cut into micro-batches and ranks, up to the rounding of sums.
@@ -55,7 +57,7 @@ def forward_backward(state: TrainState, batch: Batch, *, micro_batch: int, bf16:
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, learning_rate: float, micro_batch: int, bf16: bool, world: World
+    state: TrainState, batch: Batch, *, learning_rate: float, micro_batch: int, bf16: bool, world: Group
 ) -> StepResult:
     """Make one update of ``state`` with ``batch`` at ``learning_rate``."""
     loss = forward_backward(state, batch, micro_batch=micro_batch, bf16=bf16, world=world)

@@ -149,3 +149,10 @@ def test_inputs_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         expand_inputs([str(tmp_path / "empty")])
     with pytest.raises(InputError, match="named twice"):
         expand_inputs([str(path), f"{tmp_path}/*.jsonl"])
+
+
+def test_a_byte_order_mark_before_the_first_line_is_no_part_of_it(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    records = list(read_records(expand_inputs([str(path)]), ("text",), BadLines("error")))
+    assert [record.values for record in records] == [("one",), ("two",)]

@@ -189,7 +189,10 @@ def test_a_segment_keeps_its_fingerprint_only_while_nothing_that_decides_it_chan
         ({"lr_warmup_iters": -1}, "--lr-warmup-iters -1"),
         ({"lr_warmup_iters": 4001}, "--lr-warmup-iters 4001 does not fit before the first fork at step 4000"),
         ({"lr_warmup_iters": 10000, "paradigm": "ptfs"}, "--lr-warmup-iters 10000 .* use at most 9999"),
-        ({"increment_steps": (10000, 1500), "paradigm": "cpt"}, r"--lr-warmup-iters 2000 .* \(10000, 11500\]"),
+        (
+            {"increment_steps": (10000, 1500), "paradigm": "cpt", "lr_warmup_iters": 2000},
+            r"--lr-warmup-iters 2000 .* \(10000, 11500\]",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line_that_names_the_flag(changes: dict, complaint: str) -> None:
@@ -220,3 +223,12 @@ def test_the_help_of_the_options_names_every_choice() -> None:
     source = inspect.getsource(PlanOptions)
     assert all(name in source for name in (*PARADIGMS, *DECAY_STYLES))
     assert source.count('"""') == 2 * (len(fields(PlanOptions)) + 1)
+
+
+def test_the_default_warm_up_of_cpt_fits_a_short_increment():
+    """Nobody asked for 2,000 steps, so nobody is told that they do not fit; long increments keep theirs."""
+    increments = (Increment("a", 10000), Increment("b", 600), Increment("c", 10000))
+    plan = build_plan(increments, PlanOptions(paradigm="cpt"))
+    rates = [plan.path(name).curve for name in ("v1", "v2", "v3")]
+    assert [rates[0](2000), rates[1](10300), rates[2](12600)] == [3e-4] * 3
+    assert all(rate(peak - 1) < 3e-4 for rate, peak in zip(rates, (2000, 10300, 12600), strict=True))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_job import TinyData, command, make_data, trained
 
-from megalrps.evaluation import releases
+from megalrps.evaluation import report
 
 STEPS = (10, 8, 10)
 """Steps of the increments. At alpha 0.6: forks at 4, 13 and 22, releases at 10, 18 and 28, 39 steps in all."""
@@ -21,7 +21,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """No drawings: a report costs more than the training it tells of."""
-    monkeypatch.setattr(releases, "write_report", lambda run, page: SimpleNamespace(page=page))
+    monkeypatch.setattr(report, "write_report", lambda run, page: SimpleNamespace(page=page))
 
 
 @pytest.fixture(scope="session")

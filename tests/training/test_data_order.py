@@ -13,11 +13,14 @@ from tiny_job import ALONE, BATCH, SEQUENCE_LENGTH, TinyData, command, opened, w
 from megalrps.data.increment import open_increment
 from megalrps.data.stream import SampleStream
 from megalrps.model.transformer import Transformer
+from megalrps.parallel.group import Group
 from megalrps.parallel.world import World
 from megalrps.training import loop
 from megalrps.training.loop import Loop
+from megalrps.training.run import Run
 
 SEED = 1234  # the default of --seed
+TENSOR_PARALLEL = ("--tensor-model-parallel-size", "2")
 
 Batches = dict[tuple[str, int], np.ndarray]
 
@@ -94,11 +97,16 @@ def test_the_seed_changes_the_order_and_not_the_samples(batches: Batches, data: 
     assert np.array_equal(np.unique(reseeded, axis=0), np.unique(usual, axis=0))
 
 
+def at(run: Run, rank: int, size: int) -> Loop:
+    """The loop of data-parallel rank ``rank`` of ``size``."""
+    return Loop(replace(run, mesh=replace(run.mesh, data=Group(rank, size, torch.device("cpu"), None))))
+
+
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_the_shares_of_the_ranks_are_the_batch_cut_in_order(data: TinyData, tmp_path: Path, size: int):
     with opened(command(data, tmp_path / "run")) as run:
         plan = run.job.plan
-        ranks = [Loop(replace(run, world=World(rank, size, torch.device("cpu"), None))) for rank in range(size)]
+        ranks = [at(run, rank, size) for rank in range(size)]
         for path, step in (("main", 1), ("main", 11), ("v2", 18), ("v3", 28)):
             window = plan.window_at(path, step)
             whole, shares = Loop(run).batch(window, step), [rank.batch(window, step) for rank in ranks]
@@ -112,6 +120,14 @@ def test_two_ranks_draw_the_batches_of_one_process(run_ranks, batches: Batches, 
     assert first.keys() == second.keys() == batches.keys()
     for key, whole in batches.items():
         assert np.array_equal(np.concatenate([first[key], second[key]]), whole)
+
+
+def test_ranks_that_share_every_matrix_draw_the_same_samples(
+    run_ranks, batches: Batches, data: TinyData, tmp_path: Path
+):
+    for drawn_by_rank in run_ranks(2, _drawn_by_rank, command(data, tmp_path / "run", *TENSOR_PARALLEL)):
+        assert drawn_by_rank.keys() == batches.keys()
+        assert all(np.array_equal(drawn_by_rank[key], whole) for key, whole in batches.items())
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])

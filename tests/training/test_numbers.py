@@ -47,7 +47,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(
 
 
 def test_an_exploding_run_says_what_to_do(data: TinyData, tmp_path: Path):
-    with pytest.raises(NonFiniteError, match=r"nothing of this step was saved.* --lr or lengthen --lr-warmup-iters"):
+    with pytest.raises(NonFiniteError, match=r"nothing of this step was saved.* lower --lr .* new --save"):
         train(command(data, tmp_path / "run", "--lr", "1e30"))
     assert checkpoints(tmp_path / "run") == ()
 

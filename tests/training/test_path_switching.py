@@ -69,11 +69,12 @@ def test_branches_leave_no_trace_on_the_main_path(data: TinyData, undisturbed: P
     check_forks(undisturbed, tmp_path / "straight")
 
 
+@pytest.mark.parametrize("layout", [(), ("--tensor-model-parallel-size", "2", "--sequence-parallel")], ids=["dp", "tp"])
 def test_on_two_ranks_neither_branches_nor_the_way_to_a_release_leave_a_trace(
-    run_ranks, data: TinyData, tmp_path: Path
+    run_ranks, data: TinyData, tmp_path: Path, layout: tuple[str, ...]
 ):
     plans = {"switching": None, "straight": main_alone, "v3": partial(release_alone, "lrps", "v3")}
-    run_ranks(2, _rank_trains, [(command(data, tmp_path / name), planner) for name, planner in plans.items()])
+    run_ranks(2, _rank_trains, [(command(data, tmp_path / name, *layout), planner) for name, planner in plans.items()])
     check_forks(tmp_path / "switching", tmp_path / "straight")
     assert differing(tensors(tmp_path / "switching", "v3-00000028"), tensors(tmp_path / "v3", "v3-00000028")) == []
 

@@ -47,7 +47,7 @@ DEATHS = {
     "before an old checkpoint is removed": Death("megalrps.checkpoint.store.Store.remove"),
     "in the middle of an evaluation": Death(f"{EVALUATION}.write_json", 2),
     "before the summary": Death(f"{EVALUATION}.write_summary"),
-    "before the report": Death(f"{EVALUATION}.write_report"),
+    "before the report": Death("megalrps.evaluation.report.write_report"),
 }
 
 
