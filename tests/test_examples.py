@@ -54,14 +54,14 @@ def increments(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
-    """A tokenizer and two increments made with it, by the code that the tools run."""
+    """A tokenizer and two increments made with it, by the code that the tools run; held-out parts beside them."""
     folder = tmp_path_factory.mktemp("toy")
     model, words = folder / "tokenizer.model", SENTENCE.split()
-    for name, step in (("old", 1), ("new", 5)):
+    for name, step in (("old", 1), ("new", 5), ("old_held_out", 3), ("new_held_out", 7)):
         texts = (" ".join(words[(line + step * word) % len(words)] for word in range(40)) for line in range(40))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_tokenizer(TokenizerTrainingOptions(input=(str(folder / "old.jsonl"),), output=model, vocab_size=300))
-    for name in ("old", "new"):
+    for name in ("old", "new", "old_held_out", "new_held_out"):
         preprocess(
             PreprocessOptions(
                 text=InputOptions(input=(str(folder / f"{name}.jsonl"),)),
@@ -70,6 +70,11 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
             )
         )
     return str(model), str(folder / "old_text_document"), str(folder / "new_text_document")
+
+
+def held_out_of(*increments: str) -> list[str]:
+    """The prefixes of the held-out parts of ``increments`` of toy_data."""
+    return [increment.replace("_text_document", "_held_out_text_document") for increment in increments]
 
 
 def dry_run(config: Path, *arguments: str) -> dict:
@@ -151,7 +156,7 @@ def test_pretrain_trains_on_two_nodes_and_the_same_command_finds_it_done(
     toy_data: tuple[str, str, str], tmp_path: Path
 ) -> None:
     tokenizer, old, new = toy_data
-    environment = toy_environment(TRAIN_ARGS=TOY, HELD_OUT=f"{old} {new}")
+    environment = toy_environment(TRAIN_ARGS=TOY, HELD_OUT=" ".join(held_out_of(old, new)))
     command = [str(part) for part in (EXAMPLES / "pretrain.sh", "RUN", "none", tokenizer, old, new)]
     nodes = {"NUM_NODES": "2", "MASTER_ADDR": "localhost"}
     with subprocess.Popen(command, env=environment | nodes | {"NODE_RANK": "1"}, cwd=tmp_path) as other:

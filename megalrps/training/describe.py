@@ -13,6 +13,7 @@ from megalrps.model.counts import (
 from megalrps.model.traffic import Traffic, step_traffic
 from megalrps.paths.cost import cost_steps, cost_steps_by_paradigm
 from megalrps.paths.draw import draw_tree
+from megalrps.paths.plan import Increment
 from megalrps.training.prepare import Job
 
 _GIB = 1 << 30
@@ -57,7 +58,7 @@ def describe_size(job: Job) -> str:
             f"{flops / 1e6:,.1f} MFLOP a token (6N + 12LSd: forward and backward, full-square attention)",
             f"batch       {training.global_batch_size} x {data.seq_length} = {tokens:,} tokens a step, "
             f"ranks: {job.layout.world_size}, {'bf16 autocast over fp32' if training.bf16 else 'fp32'}",
-            f"increments  {', '.join(f'{each.name} ({each.steps:,} steps)' for each in job.plan.increments)}",
+            f"increments  {', '.join(_describe_increment(job, each) for each in job.plan.increments)}",
             f"cost        {steps:,} steps = {steps * tokens:,} tokens = {steps * tokens * flops:.3e} FLOP",
             f"memory      about {memory.total / _GIB:.2f} GiB a rank "
             f"(weights {memory.parameters / _GIB:.2f}, gradients {memory.gradients / _GIB:.2f}, "
@@ -65,6 +66,13 @@ def describe_size(job: Job) -> str:
             *_describe_layout(job),
         )
     )
+
+
+def _describe_increment(job: Job, increment: Increment) -> str:
+    """Its steps, and how often they go over its data where that is more than once."""
+    samples = increment.steps * job.config.training.global_batch_size
+    passes = samples / job.stream((increment.name,)).samples_per_epoch
+    return f"{increment.name} ({increment.steps:,} steps{f', {passes:.2f} passes' if passes > 1 else ''})"
 
 
 def _describe_layout(job: Job) -> list[str]:

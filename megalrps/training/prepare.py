@@ -79,6 +79,11 @@ def _check_every_window(job: Job) -> None:
         job.stream(names)
     for part in job.held_out:
         sequential_windows(part, job.config.data.seq_length)
+        if part.manifest.text_bytes < 1:
+            raise InputError(
+                f"--valid-data-path: {part.dataset.prefix} does not say how many bytes of text it is, which bits "
+                "per byte are counted on: preprocess it again, or adopt it with --text-bytes"
+            )
 
 
 def _check_names(increments: tuple[OpenIncrement, ...], held_out: tuple[OpenIncrement, ...]) -> None:

@@ -136,3 +136,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(data: TinyData, tmp_path: Pat
     assert status == 2 and told.count("\n") == 1 and "File too large" in told and "start again" in told
     assert launch(command(data, run)) == 0
     assert summary(run)["releases"][1]["perplexity"] == summary(whole)["releases"][1]["perplexity"]
+
+
+def test_the_log_says_when_an_increment_is_gone_over_again(data: TinyData, tmp_path: Path, capfd):
+    arguments = command(data, tmp_path / "run", "--dry-run")
+    launch(arguments)
+    assert "a (6 steps), b (6 steps)" in capfd.readouterr().out
+    launch([*arguments, "--increment-steps", "6", "15"])
+    assert "a (6 steps), b (15 steps, 2.50 passes)" in capfd.readouterr().out
