@@ -72,7 +72,7 @@ def test_an_error_is_one_line_and_status_two(folder: Path) -> None:
     }.items():
         process = run(tool, *arguments)
         assert process.returncode == 2
-        assert process.stderr.startswith(f"{tool}: error: ") and process.stderr.count("\n") == 1
+        assert process.stderr.startswith(f"{tool}.py: error: ") and process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("tool", TOOLS)
