@@ -13,27 +13,25 @@ from megalrps.parallel.tensor import TensorParallel
 from megalrps.parallel.vocabulary import cross_entropy_
 
 
-class ColumnLinear(Linear):
-    """A map that holds a slice of the outputs; its input is whole (a slice of it under sequence parallelism)."""
+class CutLinear(Linear):
+    """A map of which this rank holds a slice: ``inputs`` and ``outputs`` are the slice's."""
 
     def __init__(
         self, inputs: int, outputs: int, ranks: TensorParallel, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__(inputs, outputs, device, dtype)
         self.ranks = ranks
+
+
+class ColumnLinear(CutLinear):
+    """A map that holds a slice of the outputs; its input is whole (a slice of it under sequence parallelism)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return tensor.column_maps(x, (self.weight,), self.ranks)[0]
 
 
-class RowLinear(Linear):
+class RowLinear(CutLinear):
     """A map that holds a slice of the inputs; its output is whole (a slice of it under sequence parallelism)."""
-
-    def __init__(
-        self, inputs: int, outputs: int, ranks: TensorParallel, device: torch.device | None, dtype: torch.dtype | None
-    ) -> None:
-        super().__init__(inputs, outputs, device, dtype)
-        self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
         return tensor.row_map(x, self.weight, self.ranks)
