@@ -21,7 +21,7 @@ _GIB = 1 << 30
 
 def job_as_json(job: Job) -> dict[str, Any]:
     """The object that ``--dry-run --json`` prints."""
-    data, training = job.config.data, job.config.training
+    data, training, memory = job.config.data, job.config.training, _memory(job)
     return {
         "config": job.config.to_json(),
         "plan": job.plan.to_json(),
@@ -33,7 +33,7 @@ def job_as_json(job: Job) -> dict[str, Any]:
         "cost_steps_by_paradigm": cost_steps_by_paradigm(job.plan.increments, job.config.plan),
         "layout": asdict(job.layout),
         "parameters_per_rank": rank_parameter_count(job.model, job.layout.tp),
-        "bytes_per_rank": {**asdict(_memory(job)), "total": _memory(job).total},
+        "bytes_per_rank": {**asdict(memory), "total": memory.total},
         "bytes_sent_per_step": asdict(_traffic(job)),
         "increments": {
             each.manifest.name: {"tokens": each.manifest.tokens, "fingerprint": each.manifest.fingerprint}

@@ -59,7 +59,7 @@ class Run:
 
     def finished(self, segment: Segment) -> str | None:
         """The checkpoint that ended ``segment``, or None where it is still to be trained."""
-        return self.lineage.finished(segment.path, segment.end, self.job.plan.segment_fingerprint(segment))
+        return _finished(self.lineage, self.job, segment)
 
     def source(self, segment: Segment) -> str | None:
         """The checkpoint that ``segment`` starts from; None: the random initialisation."""
@@ -160,7 +160,7 @@ def _opened(
         write_json(directory.plan, job.plan.to_json())
         write_text(directory.config, job.config.to_yaml())
         metrics = stack.enter_context(MetricsFile(directory.metrics, _covered(lineage)))
-    done = sum(s.steps for s in job.plan.segments if lineage.finished(s.path, s.end, job.plan.segment_fingerprint(s)))
+    done = sum(segment.steps for segment in job.plan.segments if _finished(lineage, job, segment))
     total = cost_steps(job.plan)
     log = stack.enter_context(Log(job.config.logging, speaks=world.is_first, total_steps=total, done_steps=done))
     log.say(describe_size(job))
@@ -171,6 +171,11 @@ def _opened(
     if metrics is not None and metrics.dropped:
         log.say(f"dropped {metrics.dropped} lines of metrics that no checkpoint covers: those steps are done again")
     return Run(job, world, mesh, directory, store, lineage, _uninitialised_state(job, mesh), metrics, log)
+
+
+def _finished(lineage: Lineage, job: Job, segment: Segment) -> str | None:
+    """The checkpoint of ``lineage`` that ended ``segment`` of the job's plan, or None."""
+    return lineage.finished(segment.path, segment.end, job.plan.segment_fingerprint(segment))
 
 
 def _covered(lineage: Lineage) -> dict[str, int]:
