@@ -11,7 +11,6 @@ import numpy as np
 from megalrps.errors import InputError
 from megalrps.evaluation.json_fields import Fields
 
-METRICS_FILE = "metrics.jsonl"
 _MEND = "give the run's own metrics.jsonl, or remove the bad line"
 
 
