@@ -40,7 +40,7 @@ $(VENV)/.installed: $(SOURCES)
 	@$(PIP) install --upgrade pip
 	$(PIP) install --constraint constraints.txt --editable .
 	@$(BIN)/python -c 'import megalrps._native' 2>/dev/null || \
-	    echo 'WARNING: megalrps._native was not built (it needs a C++20 compiler). Everything works; numpy computes the sample order.'
+	    echo 'WARNING: megalrps._native was not built (it needs a C++20 compiler). Everything works; numpy computes the sample order, torch AdamW.'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

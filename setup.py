@@ -1,7 +1,7 @@
 """Builds the one compiled extension, megalrps._native; all else about the package stands in pyproject.toml.
 
 It needs pybind11 and a C++20 compiler, never torch or the network. Without them the install goes on, loudly: everything
-the extension does has a numpy twin that gives the same numbers.
+the extension does has a twin in numpy or torch.
 """
 
 import sys
@@ -11,8 +11,11 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCES = ["csrc/module.cpp", "csrc/permutation.cpp"]
-HEADERS = ["csrc/permutation.h"]
+SOURCES = ["csrc/module.cpp", "csrc/adamw.cpp", "csrc/permutation.cpp"]
+HEADERS = ["csrc/adamw.h", "csrc/permutation.h"]
+# -ffp-contract=off: csrc/adamw.cpp rounds after every operation, so that an element's bits do not depend on its place.
+# The other two let loops with square roots become vectors; they change errno and floating-point traps, never a value.
+FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 
 WARNING = """
 ******************************************************************************
@@ -20,7 +23,8 @@ WARNING: megalrps is being installed WITHOUT its compiled extension
          (megalrps._native), because {reason}
 
 What still works: everything. The sample order is computed by numpy instead:
-the same numbers, bit for bit, but slower.
+the same numbers, bit for bit, but slower. AdamW on a CPU is computed by torch
+instead: the same formula, other last bits, slower.
 To mend it: install {mend},
 then run: python setup.py build_ext --inplace
 ******************************************************************************
@@ -55,7 +59,17 @@ def extensions() -> list[Any]:
         sys.stderr.write(WARNING.format(reason="pybind11 is missing.", mend="pybind11 (pip install pybind11)"))
         return []
     # optional: a file that did not compile is not asked for again when an in-place build copies its results.
-    return [Pybind11Extension("megalrps._native", SOURCES, depends=HEADERS, cxx_std=20, optional=True)]
+    return [
+        Pybind11Extension(
+            "megalrps._native",
+            SOURCES,
+            depends=HEADERS,
+            cxx_std=20,
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
