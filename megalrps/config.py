@@ -15,6 +15,7 @@ import yaml
 
 from megalrps.data.options import DataOptions
 from megalrps.errors import InputError
+from megalrps.model.activation_options import ActivationOptions
 from megalrps.model.config import ModelConfig
 from megalrps.model.presets import PRESETS
 from megalrps.parallel.options import ParallelOptions
@@ -22,6 +23,7 @@ from megalrps.paths.options import PlanOptions
 from megalrps.training.options import (
     CheckpointOptions,
     LoggingOptions,
+    LossScaleOptions,
     OptimizerOptions,
     RuntimeOptions,
     TrainingOptions,
@@ -58,7 +60,9 @@ class Config:
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    scaling: LossScaleOptions = field(default_factory=LossScaleOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
@@ -72,8 +76,10 @@ class Config:
             raise InputError(f"--world-size {self.world_size}: must be at least 1")
         layout = self.parallel.layout(world_size)
         self.parallel.check(self.data.seq_length)
+        self.activations.check()
         self.training.check(layout.dp)
         self.optimizer.check()
+        self.scaling.check(self.training.fp16)
         self.logging.check()
         if self.checkpoint.save or not self.dry_run:
             self.checkpoint.check()

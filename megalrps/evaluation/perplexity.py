@@ -48,9 +48,12 @@ class HeldOutLoss:
 
 
 class LanguageModel(Protocol):
-    """What is asked of a model: the summed token loss, and a module's switch between training and evaluation."""
+    """What is asked of a model: the summed token loss, and a module's switch between training and evaluation.
 
-    def loss(self, inputs: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss: ...
+    The loss is that of whole sequences, however many ranks compute it; each of them is given the same ones.
+    """
+
+    def loss(self, inputs_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor, /) -> SummedLoss: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -61,7 +64,6 @@ def evaluate(
     *,
     sequence_length: int,
     micro_batch_size: int,
-    bf16: bool,
     world: Group,
 ) -> HeldOutLoss:
     """The loss of ``model`` on all of ``increment``, in windows of ``sequence_length`` predictions without overlap.
@@ -81,7 +83,7 @@ def evaluate(
     if manifest.text_bytes < 1:
         raise InputError(f"held-out part {manifest.name} says it has no text; preprocess it again with its text")
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # nats, tokens; a float64 counts tokens to 2^53
-    with _evaluating(model), torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
+    with _evaluating(model):
         for inputs_BS, labels_BS, mask_BS in _batches(increment, sequence_length, micro_batch_size, world):
             loss = model.loss(*(torch.from_numpy(part).to(world.device) for part in (inputs_BS, labels_BS, mask_BS)))
             sums += torch.stack((loss.total.double(), loss.tokens.double()))

@@ -14,8 +14,8 @@ from megalrps.evaluation.perplexity import HeldOutLoss, evaluate
 from megalrps.evaluation.summary import Release, Summary, write_summary
 from megalrps.files import write_json
 from megalrps.model.counts import parameter_count
-from megalrps.model.transformer import Transformer
 from megalrps.paths.cost import cost_steps
+from megalrps.training.engine import Engine
 from megalrps.training.run import Run
 
 
@@ -30,8 +30,9 @@ def evaluate_releases(run: Run) -> None:
         missing = [place for place in range(len(run.job.held_out)) if _key(run, place) not in known]
         if not missing:
             continue
-        model = run.state.model
+        model = run.state.engine
         run.store.load(name, run.state.weights())
+        run.state.filled()
         run.state.checkpoint = None  # the weights are the release's now, the moments are not
         for place in missing:
             loss = _measure(run, model, run.job.held_out[place])
@@ -78,14 +79,12 @@ def finish_run(run: Run) -> None:
         run.log.say(f"report {report.page}")
 
 
-def _measure(run: Run, model: Transformer, held_out: OpenIncrement) -> HeldOutLoss:
-    training = run.job.config.training
+def _measure(run: Run, model: Engine, held_out: OpenIncrement) -> HeldOutLoss:
     return evaluate(
         model,
         held_out,
         sequence_length=run.job.config.data.seq_length,
         micro_batch_size=run.job.micro_batch_size,
-        bf16=training.bf16,
         world=run.mesh.data,
     )
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from megalrps.kernels.rotary import rotary
 from megalrps.model.config import ModelConfig
 from megalrps.model.layers import Layers
+from megalrps.model.recompute import recomputed
 
 
 class Attention(nn.Module):
@@ -15,7 +16,8 @@ class Attention(nn.Module):
     would be free of the layout.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, *, recompute_core: bool = False) -> None:
+        """``recompute_core``: keep nothing of what lies between the first three maps and the last."""
         super().__init__()
         self.head_size = config.head_size
         self.query = layers.column_linear(config.hidden_size, config.query_width, config.num_attention_heads)
@@ -24,14 +26,21 @@ class Attention(nn.Module):
         self.output = layers.row_linear(config.query_width, config.hidden_size)
         self._project = layers.project
         self._attend = layers.attention
+        self._recompute_core = recompute_core
 
     def forward(self, hidden_BSH: Tensor, cosine_SR: Tensor, sine_SR: Tensor) -> Tensor:
         query, key, value = self._project(hidden_BSH, (self.query, self.key, self.value))
+        core = self._core
+        arguments = (query, key, value, cosine_SR, sine_SR)
+        attended_BSA = recomputed(core, *arguments) if self._recompute_core else core(*arguments)
+        output_BSH: Tensor = self.output(attended_BSA)
+        return output_BSH
+
+    def _core(self, query: Tensor, key: Tensor, value: Tensor, cosine_SR: Tensor, sine_SR: Tensor) -> Tensor:
+        """The heads' attention, [B, S, heads x D], from the outputs of the three maps."""
         query_BSND = rotary(self._heads(query), cosine_SR, sine_SR)
         key_BSKD = rotary(self._heads(key), cosine_SR, sine_SR)
-        value_BSKD = self._heads(value)
-        attended: Tensor = self.output(self._attend(query_BSND, key_BSKD, value_BSKD).flatten(-2))
-        return attended
+        return self._attend(query_BSND, key_BSKD, self._heads(value)).flatten(-2)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """Split [B, S, heads x D] into as many heads as this process's slice holds."""

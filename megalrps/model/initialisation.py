@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megalrps.model.config import ModelConfig
 from megalrps.model.parameters import ParameterSpec, Role, parameter_specs
+from megalrps.parallel.buffers import FlatBuffers
 from megalrps.parallel.placement import WHOLE, Placement
 
 
@@ -39,6 +40,19 @@ def initialise_(
     for name, parameter in model.named_parameters():
         value = initial_value(specs[name], config, seed)
         parameter.copy_((placements or {}).get(name, WHOLE).part(value))
+
+
+def initialise_buffers_(buffers: FlatBuffers, config: ModelConfig, seed: int) -> None:
+    """Fill this rank's shards of the masters, and what is computed with from those of all replicas. Collective.
+
+    The values are those of :func:`initialise_`; only what a shard has a part of is drawn.
+    """
+    specs = parameter_specs(config)
+    for name in buffers.names:
+        if buffers.holds(name):
+            value = initial_value(specs[name], config, seed)
+            buffers.assign(name, buffers.placements.get(name, WHOLE).part(value))
+    buffers.refresh()
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

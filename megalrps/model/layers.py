@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from megalrps.kernels.attention import attention
 from megalrps.kernels.cross_entropy import cross_entropy
 from megalrps.kernels.rms_norm import rms_norm
+from megalrps.parallel import tensor
+from megalrps.parallel.context import ContextParallel
 
 
 class Linear(nn.Module):
@@ -26,7 +28,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return tensor.column_maps(x, (self.weight,), None)[0]
 
 
 class RMSNorm(nn.Module):
@@ -62,7 +64,7 @@ class Embedding(nn.Module):
 
     def logits(self, hidden_BSH: Tensor) -> Tensor:
         """The tied head: the product of every hidden state with every embedding, [B, S, V]."""
-        return F.linear(hidden_BSH, self.weight)
+        return tensor.column_maps(hidden_BSH, (self.weight,), None)[0]
 
 
 class Layers(Protocol):
@@ -99,16 +101,20 @@ class Layers(Protocol):
 
 @dataclass(frozen=True)
 class LocalLayers:
-    """Everything in one process, on one device (None: torch's default) and in one parameter type."""
+    """Every parameter whole, on one device (None: torch's default) and in one type.
+
+    ``context``: the ranks that share every sequence; None: each sequence is whole too.
+    """
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+    context: ContextParallel | None = None
 
     def column_linear(self, inputs: int, outputs: int, heads: int | None = None) -> Linear:
         return Linear(inputs, outputs, self.device, self.dtype)
 
     def project(self, x: Tensor, maps: Sequence[Linear]) -> Sequence[Tensor]:
-        return [each(x) for each in maps]
+        return tensor.column_maps(x, [each.weight for each in maps], None)
 
     def row_linear(self, inputs: int, outputs: int) -> Linear:
         return Linear(inputs, outputs, self.device, self.dtype)
@@ -123,7 +129,8 @@ class LocalLayers:
         return Linear(hidden, vocabulary, self.device, self.dtype)
 
     def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
-        return attention(query_BSND, key_BSKD, value_BSKD)
+        attend = attention if self.context is None else self.context.attention
+        return attend(query_BSND, key_BSKD, value_BSKD)
 
     def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         return cross_entropy(logits_TV, labels_T, overwrite_logits=True)

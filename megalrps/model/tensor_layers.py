@@ -9,6 +9,7 @@ from torch import Tensor
 from megalrps.kernels.attention import attention
 from megalrps.model.layers import Embedding, Linear, RMSNorm
 from megalrps.parallel import tensor
+from megalrps.parallel.context import ContextParallel
 from megalrps.parallel.tensor import TensorParallel
 from megalrps.parallel.vocabulary import cross_entropy_
 
@@ -64,6 +65,7 @@ class TensorLayers:
     ranks: TensorParallel
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+    context: ContextParallel | None = None
 
     def column_linear(self, inputs: int, outputs: int, heads: int | None = None) -> ColumnLinear:
         pieces = self._size if heads is None else min(self._size, heads)
@@ -85,7 +87,8 @@ class TensorLayers:
         return self.column_linear(hidden, vocabulary)
 
     def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
-        return attention(query_BSND, key_BSKD, value_BSKD)
+        attend = attention if self.context is None else self.context.attention
+        return attend(query_BSND, key_BSKD, value_BSKD)
 
     def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         return cross_entropy_(logits_TV, labels_T, self.ranks.group)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from megalrps.kernels.rotary import rotary_tables
+from megalrps.model.activation_options import ActivationOptions
 from megalrps.model.block import Block
 from megalrps.model.config import ModelConfig
 from megalrps.model.layers import Layers, LocalLayers
+from megalrps.model.recompute import run_layers
 
 
 class SummedLoss(NamedTuple):
@@ -37,10 +39,16 @@ class Transformer(nn.Module):
         has_embedding: bool = True,
         has_head: bool = True,
         layers: Layers | None = None,
+        activations: ActivationOptions | None = None,
     ) -> None:
-        """``layer_range`` None is every layer, ``layers`` None is one process. Raises InputError on a bad config."""
+        """``layer_range`` None is every layer, ``layers`` None is one process, ``activations`` None keeps them all.
+
+        Raises InputError on a bad config, and on options of the activations that contradict each other.
+        """
         super().__init__()
         config.validate()
+        activations = ActivationOptions() if activations is None else activations
+        activations.check()
         if config.vocab_size == 0:
             raise ValueError(
                 "vocab_size is 0: settle it with with_vocabulary(config, tokenizer size) before building the model"
@@ -53,11 +61,12 @@ class Transformer(nn.Module):
         self.has_head = has_head
         if has_embedding or (has_head and tied):
             self.embedding = layers.embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(index): Block(config, layers) for index in layer_range})
+        self.layers = nn.ModuleDict({str(index): Block(config, layers, activations) for index in layer_range})
         if has_head:
             self.final_norm = layers.norm(config.hidden_size, config.norm_epsilon)
             self.head = None if tied else layers.head(config.hidden_size, config.vocab_size)
         self._cross_entropy = layers.cross_entropy
+        self._activations = activations
 
     def forward(self, inputs: Tensor, positions_S: Tensor | None = None) -> Tensor:
         """Logits [B, S, V] from a stage with the head, hidden states [B, S, H] from any other.
@@ -70,8 +79,7 @@ class Transformer(nn.Module):
             positions_S = torch.arange(inputs.shape[1], device=inputs.device)
         cosine_SR, sine_SR = rotary_tables(positions_S, self.config.head_size, self.config.rotary_base)
         hidden_BSH = self.embedding(inputs) if self.has_embedding else inputs
-        for block in self.layers.values():
-            hidden_BSH = block(hidden_BSH, cosine_SR, sine_SR)
+        hidden_BSH = run_layers(list(self.layers.values()), self._activations, hidden_BSH, cosine_SR, sine_SR)
         return self._logits(self.final_norm(hidden_BSH)) if self.has_head else hidden_BSH
 
     def loss(self, inputs: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:

@@ -1,52 +1,29 @@
-"""Flat buffers: every parameter and gradient is a view into one contiguous fp32 tensor a group of its like.
+"""Flat buffers: every parameter and gradient is a view into a bucket of its like, and so are masters and moments.
 
-Parameters are alike that share a weight decay and, under tensor parallelism, the ranks that hold them. One buffer makes
-the data-parallel sum one collective, the global norm one reduction and the optimizer one kernel, whatever the number of
-parameters; a sharded optimizer (ZeRO-1, arXiv 1910.02054) cuts the same buffer.
+Parameters are alike that share a weight decay, a type and the ranks that hold them. Buckets make the sum over replicas
+one collective each, the global norm one reduction and the optimizer one kernel, whatever the number of parameters;
+and a replica may own a part of them: nothing (``no_shard``), masters and moments (``optim``: ZeRO-1), or gradients too
+(``optim_grads``: ZeRO-2; Rajbhandari et al. 2019, arXiv 1910.02054, section 5).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from megalrps.parallel.group import Group
-from megalrps.parallel.mesh import Mesh
+from megalrps.parallel.bucket import Bucket, Kind, Slice, cut_into_buckets, fill, kind_of, make_bucket
+from megalrps.parallel.collectives import start_stack
+from megalrps.parallel.gradient_sums import GradientSums
+from megalrps.parallel.main_gradient import MainGradient, ProductQueue, set_main_gradient
+from megalrps.parallel.mesh import Mesh, alone
+from megalrps.parallel.parameter_gathers import ParameterGathers
 from megalrps.parallel.placement import WHOLE, Placement
+from megalrps.parallel.shard_view import ShardView
 
-
-@dataclass(frozen=True)
-class Slice:
-    """Where one parameter lies in its group's buffer: elements ``[offset, offset + numel)``, row-major ``shape``."""
-
-    name: str
-    offset: int
-    shape: torch.Size
-
-    def of(self, flat: Tensor) -> Tensor:
-        """The view of this parameter in ``flat``, a buffer laid out like the group's."""
-        return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
-
-
-@dataclass(frozen=True)
-class BufferGroup:
-    """The parameters that are alike: ``parameters`` and ``gradients`` are flat, of equal length.
-
-    ``holders`` are the tensor-parallel ranks that hold these same parameters, None where this one does alone; ``sums``:
-    each of them computes but a part of the gradient.
-    """
-
-    decays: bool
-    parameters: Tensor
-    gradients: Tensor
-    slices: tuple[Slice, ...]
-    holders: Group | None = None
-    sums: bool = False
-
-    def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(fully qualified parameter name, its view) over a buffer laid out like this group's."""
-        return ((piece.name, piece.of(flat)) for piece in self.slices)
+Sharding = Literal["no_shard", "optim", "optim_grads"]
 
 
 def decays_matrices(name: str, parameter: Tensor) -> bool:
@@ -54,12 +31,24 @@ def decays_matrices(name: str, parameter: Tensor) -> bool:
     return parameter.dim() >= 2
 
 
-class FlatBuffers:
-    """Moves a module's parameters and gradients into flat buffers and keeps the module working on the views.
+def narrows_maps(name: str, parameter: Tensor) -> bool:
+    """Matrices are held in the type they compute in; tables and norms, which are read in fp32, are not."""
+    return parameter.dim() == 2 and name != "embedding.weight"
 
-    Parameters keep their names, shapes and values; ``parameter.grad`` is a view that autograd adds into. A
-    parameter shared by two modules (a tied head) is held once. ``placements`` says which part of each parameter of the
-    model the module holds, by name, on ``mesh``; without, it holds all of every one.
+
+class FlatBuffers:
+    """Moves a module's parameters and gradients into buckets and keeps the module working on the views.
+
+    Parameters keep their names, shapes and values (to the rounding of ``compute_dtype``). Each has a
+    :class:`megalrps.parallel.main_gradient.MainGradient`; what autograd gives beside it is added too, by way of
+    ``parameter.grad``, which is None where the parameter is narrower than its gradient. A parameter shared by two
+    modules (a tied head) is held once.
+
+    ``module`` names its parameters as the model does, in the order of the forward pass. ``placements`` says which part
+    of each parameter of the model the module holds, by name, on ``mesh``; without, it holds all of every one.
+    ``compute_dtype`` is the type of those that ``narrows``; their masters keep the type that they were built in.
+    ``bucket_size`` is in elements. ``uses``: how often a parameter contributes in a micro-batch, where it is not once.
+    ``offload`` keeps masters, and the optimizer's state with them, on the host.
     """
 
     def __init__(
@@ -69,78 +58,184 @@ class FlatBuffers:
         *,
         mesh: Mesh | None = None,
         placements: Mapping[str, Placement] | None = None,
+        compute_dtype: torch.dtype | None = None,
+        narrows: Callable[[str, Tensor], bool] = narrows_maps,
+        sharding: Sharding = "optim",
+        bucket_size: int = 40_000_000,
+        overlap_grad_reduce: bool = True,
+        overlap_param_gather: bool = True,
+        shared_with_ends: frozenset[str] = frozenset(),
+        uses: Mapping[str, int] | None = None,
+        offload: bool = False,
     ) -> None:
-        self._mesh = mesh
+        named = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
+        self._mesh = mesh or alone(named[0][1].device if named else torch.device("cpu"))
         self.placements: Mapping[str, Placement] = placements or {}
-        alike: dict[tuple[bool, int, bool], list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                placement = self._placement(name)
-                key = (not decays(name, parameter), placement.copies, placement.sums)
-                alike.setdefault(key, []).append((name, parameter))
-        self.groups = tuple(self._flatten(alike[key], decays=not key[0]) for key in sorted(alike))
+        self.queue = ProductQueue()
+        replicas = self._mesh.replicas
+        self.sharding: Sharding = sharding if replicas.size > 1 else "no_shard"
+        kinds = {
+            name: kind_of(
+                name,
+                each,
+                self._placement(name),
+                decays=decays(name, each),
+                narrow=compute_dtype if narrows(name, each) else None,
+                shared=name in shared_with_ends,
+            )
+            for name, each in named
+        }
+        cut = cut_into_buckets(named, kinds, bucket_size)
+        self.buckets = tuple(self._bucket(kind, members, offload) for kind, members in cut)
+        frees = self.sharding == "optim_grads"
+        self._sums = GradientSums(
+            self.buckets, replicas, frees=frees, overlap=overlap_grad_reduce, uses=Counter(uses or {})
+        )
+        self._gathers = ParameterGathers(module, self.buckets, replicas, overlap=overlap_param_gather)
+        for index, (bucket, (_, members)) in enumerate(zip(self.buckets, cut, strict=True)):
+            for member, (_, parameter) in enumerate(members):
+                self._watch(index, member, parameter, bucket.gradient_views[member])
+        self._where = {piece.name: (bucket, piece) for bucket in self.buckets for piece in bucket.slices}
 
-    def zero_gradients(self) -> None:
-        """Set every gradient to zero, keeping the views."""
-        for group in self.groups:
-            group.gradients.zero_()
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters held, in no order that matters."""
+        return tuple(self._where)
 
-    def sum_gradients(self, data: Group) -> None:
-        """Add the gradients up over the data-parallel ranks, and what holders computed in parts over the holders.
+    def begin(self, micro_batches: int) -> None:
+        """Set every gradient to zero and expect the contributions of ``micro_batches`` passes."""
+        self._sums.begin(micro_batches)
 
-        One or two collectives a group.
+    def finish_gradients(self) -> None:
+        """Leave the sums over all that compute a part of a gradient in the buckets' ``gradient_shard``.
+
+        Replicas, and holders and ends of a parameter. Nothing has to leave the queue of products any more.
         """
-        for group in self.groups:
-            if group.holders is not None and group.sums:
-                group.holders.sum_(group.gradients)
-            data.sum_(group.gradients)
+        assert not len(self.queue), "weight products were put aside and never done"
+        self._sums.finish()
 
     def gradient_norm(self) -> Tensor:
-        """The L2 norm of all gradients of the model, a scalar tensor on their device.
+        """The L2 norm of all gradients of the model, a scalar tensor on their device, the same bits on every rank.
 
-        What several ranks hold is counted once: each of n holders adds 1 / n of its square.
+        What several ranks hold is counted once: each of n holders adds 1 / n of its square. No number where any rank's
+        is none. Squares add up in fp64, in the order of ranks: a sum by the network may come in another on each rank.
         """
-        norms = torch.stack([torch.linalg.vector_norm(group.gradients) for group in self.groups])
-        if self._mesh is None or self._mesh.tensor.size == 1:
-            return torch.linalg.vector_norm(norms)
-        holders = [1 if group.holders is None else group.holders.size for group in self.groups]
-        squares = norms.square() / torch.tensor(holders, dtype=norms.dtype, device=norms.device)
-        return self._mesh.tensor.sum_(squares.sum()).sqrt()
+        squares = [
+            torch.linalg.vector_norm(bucket.gradient_shard).double().square() / bucket.times_held
+            for bucket in self.buckets
+        ]
+        total = torch.stack(squares).sum()
+        mesh = self._mesh
+        for group in (mesh.tensor, mesh.pipeline, *([] if self.sharding == "no_shard" else [mesh.replicas])):
+            if group.size > 1:
+                total = start_stack(total.view(1), group).wait().sum()
+        return total.sqrt().to(self.buckets[0].gradient_shard.dtype)
 
-    def scale_gradients(self, factor: Tensor) -> None:
-        """Multiply every gradient by ``factor`` (a scalar tensor: no host synchronisation)."""
-        for group in self.groups:
-            group.gradients.mul_(factor)
+    def named(self, flats: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor of the global shape) of every parameter, over tensors laid out like each bucket's shard.
 
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(fully qualified name, view) of every parameter held."""
-        for group in self.groups:
-            yield from group.named(group.parameters)
-
-    def as_global(self, name: str, local: Tensor) -> Tensor:
-        """The tensor of the whole model that ``local``, which lies as the parameter ``name``, is a part of.
-
-        A view of the same memory: for a checkpoint, which knows no ranks.
+        On the same memory, for a checkpoint, which knows no ranks: a plain tensor where this rank holds all of it, else
+        a :class:`megalrps.parallel.shard_view.ShardView`.
         """
-        return local if self._mesh is None else self._mesh.view(local, self._placement(name))
+        for bucket, flat in zip(self.buckets, flats, strict=True):
+            for piece, start, run in bucket.runs(flat):
+                yield piece.name, self._as_global(piece, start, run)
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of every parameter in full precision; see :meth:`named`."""
+        return self.named(bucket.master for bucket in self.buckets)
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of every gradient, once :meth:`finish_gradients` has summed them; see :meth:`named`."""
+        return self.named(bucket.gradient_shard for bucket in self.buckets)
+
+    def holds(self, name: str) -> bool:
+        """Whether any element of the parameter's master lies in this rank's shard."""
+        bucket, piece = self._where[name]
+        return piece.offset < bucket.shard.stop and piece.offset + piece.shape.numel() > bucket.shard.start
+
+    @torch.no_grad()
+    def assign(self, name: str, value: Tensor) -> None:
+        """Set the master of the parameter to ``value``, this rank's part of the model's; :meth:`refresh` does the rest.
+
+        ``value`` has the shape of the part, and any type and device.
+        """
+        fill(self._where[name][0], name, value)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make what the module computes with from the masters, on all replicas: after anything was put into those."""
+        self.wait_parameters()
+        for bucket in self.buckets:
+            bucket.settle()
+        self._gathers.start()
+        self.wait_parameters()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Begin to make what the module computes with from the masters, which the optimizer has updated.
+
+        What it was to leave in ``Bucket.narrow`` is there.
+        """
+        for bucket in self.buckets:
+            if bucket.narrow is None:
+                bucket.settle()
+        self._gathers.start()
+
+    def wait_parameters(self) -> None:
+        """All that :meth:`publish` began is done."""
+        self._gathers.wait_all()
 
     def _placement(self, name: str) -> Placement:
         return self.placements.get(name, WHOLE)
 
-    def _flatten(self, named: list[tuple[str, nn.Parameter]], decays: bool) -> BufferGroup:
-        first = named[0][1]
-        total = sum(parameter.numel() for _, parameter in named)
-        parameters = torch.empty(total, dtype=first.dtype, device=first.device)
-        gradients = torch.zeros_like(parameters)
-        slices: list[Slice] = []
-        offset = 0
-        for name, parameter in named:
-            piece = Slice(name, offset, parameter.shape)
-            piece.of(parameters).copy_(parameter.detach())
-            parameter.data = piece.of(parameters)
-            parameter.grad = piece.of(gradients)
-            slices.append(piece)
-            offset += parameter.numel()
-        placement = self._placement(named[0][0])
-        holders = None if self._mesh is None else self._mesh.sharing(placement)
-        return BufferGroup(decays, parameters, gradients, tuple(slices), holders, placement.sums)
+    def _bucket(self, kind: Kind, members: list[tuple[str, nn.Parameter]], offload: bool) -> Bucket:
+        return make_bucket(
+            kind,
+            members,
+            self._mesh.replicas,
+            shards=self.sharding != "no_shard",
+            separate_gradients=self.sharding == "optim_grads",
+            offload=offload,
+            holders=self._mesh.sharing(self._placement(members[0][0])),
+            ends=self._mesh.ends if kind.shared else None,
+        )
+
+    def _as_global(self, piece: Slice, start: int, run: Tensor) -> Tensor:
+        placement = self._placement(piece.name)
+        if placement.pieces == 1 and run.numel() == piece.shape.numel():
+            return run.view(piece.shape)
+        return ShardView(run, start, piece.shape, placement)
+
+    def _watch(self, index: int, member: int, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Learn of every contribution to the gradient of ``parameter``, from a map or from autograd."""
+        main = MainGradient(gradient, self.queue)
+        set_main_gradient(parameter, main)
+        narrow = parameter.grad is None
+        if self._mesh.replicas.size > 1:
+            main.ensure = partial(self._ensure, index)
+            main.contributed = partial(self._sums.contributed, index, member)
+        elif not narrow:
+            return
+        # Autograd runs its hooks also for a leaf whose gradient a map has taken; only the first hook is told so.
+        given = False
+
+        def before(of_autograd: Tensor | None) -> None:
+            nonlocal given
+            given = of_autograd is not None
+            if given:
+                main.ensure()
+
+        def after(leaf: Tensor) -> None:
+            if given:
+                if narrow and leaf.grad is not None:
+                    main.gradient.add_(leaf.grad)
+                    leaf.grad = None
+                main.contributed()
+
+        parameter.register_hook(before)
+        parameter.register_post_accumulate_grad_hook(after)
+
+    def _ensure(self, index: int) -> None:
+        self._gathers.check_gathered(index)
+        self._sums.ensure(index)

@@ -59,10 +59,31 @@ def start_gather(slice_BSH: Tensor, group: Group) -> Pending:
 
 def start_sum_scatter(part_BSH: Tensor, group: Group) -> Pending:
     """Begin to add ``part_BSH`` up over the group and leave each rank its slice of the sequence of the sum."""
-    slices = part_BSH.unflatten(1, (group.size, -1)).transpose(0, 1).contiguous()
-    scattered = torch.empty_like(slices[0])
-    work = _REDUCE_SCATTER(scattered, slices.flatten(0, 1), group=group.group, async_op=True)
-    return Pending(work, lambda: scattered, slices)
+    return start_sum_stack(part_BSH.unflatten(1, (group.size, -1)).transpose(0, 1), group)
+
+
+def start_sum_stack(parts: Tensor, group: Group) -> Pending:
+    """Begin to add ``parts`` [ranks, ...] up over the group and leave each rank its own [...] of the sum."""
+    parts = parts.contiguous()
+    scattered = torch.empty_like(parts[0])
+    work = _REDUCE_SCATTER(scattered, parts.flatten(0, 1), group=group.group, async_op=True)
+    return Pending(work, lambda: scattered, parts)
+
+
+def start_sum_own_(flat: Tensor, group: Group) -> Pending:
+    """Begin to add the contiguous ``flat`` [ranks n] up over the group; gives this rank's [n] of the sum, in its place.
+
+    The rest of ``flat`` is undefined afterwards.
+    """
+    own = flat.view(group.size, -1)[group.rank]
+    work = _REDUCE_SCATTER(own, flat, group=group.group, async_op=True)
+    return Pending(work, lambda: own, flat)
+
+
+def start_fill_(flat: Tensor, group: Group) -> Pending:
+    """Begin to fill the contiguous ``flat`` [ranks n], where each rank has its own [n], with those of all ranks."""
+    work = _ALL_GATHER(flat, flat.view(group.size, -1)[group.rank], group=group.group, async_op=True)
+    return Pending(work, lambda: flat, flat)
 
 
 def sum_parts_(part: Tensor, group: Group) -> Tensor:

@@ -85,16 +85,21 @@ class Layout:
         return "\n".join(lines)
 
 
-def layout_of(world_size: int, *, tensor: int) -> Layout:
-    """The layout of ``world_size`` ranks in tensor-parallel groups of ``tensor``; what is left is data parallel.
+def layout_of(world_size: int, *, tensor: int = 1, pipeline: int = 1, context: int = 1) -> Layout:
+    """The layout of ``world_size`` ranks that so many share a matrix, a depth and a sequence; what is left is data.
 
     Raises InputError where the ranks do not fill whole groups.
     """
-    if tensor < 1:
-        raise InputError(f"--tensor-model-parallel-size {tensor}: must be at least 1")
-    if world_size % tensor:
-        raise InputError(
-            f"--tensor-model-parallel-size {tensor} does not divide the {world_size} ranks of the launch: "
-            "change it or --nproc-per-node"
-        )
-    return Layout(dp=world_size // tensor, tp=tensor)
+    sizes = {
+        "--tensor-model-parallel-size": tensor,
+        "--pipeline-model-parallel-size": pipeline,
+        "--context-parallel-size": context,
+    }
+    for flag, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{flag} {size}: must be at least 1")
+    model = math.prod(sizes.values())
+    if world_size % model:
+        said = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
+        raise InputError(f"{said} does not divide the {world_size} ranks of the launch: change it or --nproc-per-node")
+    return Layout(pp=pipeline, dp=world_size // model, cp=context, tp=tensor)

@@ -33,6 +33,17 @@ class Placement:
         """The shape of this rank's part of a tensor of ``shape``."""
         return tuple(size // self.pieces if place == self.dimension else size for place, size in enumerate(shape))
 
+    def global_shape(self, local: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor that a part of shape ``local`` is cut from."""
+        return tuple(size * self.pieces if place == self.dimension else size for place, size in enumerate(local))
+
+    def global_offsets(self, offsets: tuple[int, ...], local: tuple[int, ...]) -> tuple[int, ...]:
+        """Where an element at ``offsets`` of this rank's part, of shape ``local``, lies in the global tensor."""
+        return tuple(
+            offset + self.piece * local[place] if place == self.dimension else offset
+            for place, offset in enumerate(offsets)
+        )
+
 
 WHOLE = Placement()
 """The whole tensor, held by this rank alone."""

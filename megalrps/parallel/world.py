@@ -84,7 +84,8 @@ def open_world(
     """Join the process group that torchrun describes in ``environment``; without torchrun, a world of one.
 
     device is "auto" (an accelerator if there is one), "cpu" or "cuda"; backend is None for the device's own (nccl on
-    CUDA, gloo on CPU). Raises InputError for a device that is not there or an incomplete torchrun environment.
+    CUDA, gloo on CPU). Raises InputError for a device that is not there, an incomplete torchrun environment, or ranks
+    that gloo does not connect.
     """
     missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
     if len(missing) == len(TORCHRUN_VARIABLES) or "RANK" in missing:
@@ -94,12 +95,20 @@ def open_world(
         raise InputError(f"RANK is set but {', '.join(missing)} is not: launch with torchrun, or unset RANK")
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     place = _device(device, int(environment["LOCAL_RANK"]))
-    dist.init_process_group(
-        backend or ("nccl" if place.type == "cuda" else "gloo"),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
+    try:
+        dist.init_process_group(
+            backend or ("nccl" if place.type == "cuda" else "gloo"),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise InputError(
+            f"rank {rank} cannot reach the other ranks over gloo: set GLOO_SOCKET_IFNAME to the network interface that "
+            f"joins the nodes, as `ip address` names it; {error}"
+        ) from error
     try:
         yield World(rank, size, place, dist.group.WORLD)
         # A rank that tears the group down while another still uses it can abort the other at exit.

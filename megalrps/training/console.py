@@ -19,7 +19,7 @@ def step_line(metrics: StepMetrics, last_step: int) -> str:
         f"{where:>10}",
         f"step {metrics.step:>{width}}/{last_step}",
         f"loss {metrics.loss:.4f}",
-        f"grad norm {metrics.grad_norm:.3f}",
+        f"grad norm {metrics.grad_norm:.3f}" if metrics.grad_norm is not None else "skipped: gradients overflowed",
         f"lr {metrics.lr:.3e}",
         f"{metrics.tokens_per_second:,.0f} tokens/s",
     ]
@@ -62,8 +62,9 @@ class Log:
         if metrics.step % self._options.log_interval == 0 or metrics.step == last_step:
             self.say(step_line(metrics, last_step))
         if self._scalars is not None:
-            for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
-                self._scalars.add_scalar(f"{metrics.path}/{name}", getattr(metrics, name), metrics.step)
+            for name in ("loss", "lr", "grad_norm", "tokens_per_second", "loss_scale"):
+                if getattr(metrics, name) is not None:
+                    self._scalars.add_scalar(f"{metrics.path}/{name}", getattr(metrics, name), metrics.step)
 
     def __enter__(self) -> Self:
         self._progress.start()

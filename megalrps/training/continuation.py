@@ -4,6 +4,7 @@ Whatever would change the result is refused by name.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ _DECISIVE_OPTIONS = (
     ("data", "seq_length"),
     ("training", "global_batch_size"),
     ("training", "bf16"),
+    ("training", "fp16"),
     ("training", "seed"),
 )
 
@@ -74,9 +76,16 @@ def difference_between_ranks(identities: Sequence[Mapping[str, Any]]) -> InputEr
 def _settings(record: CheckpointRecord, job: Job) -> Iterator[str]:
     now = job.resolved()
     for section in _DECISIVE_SECTIONS:
-        yield from _differing(record.config.get(section, {}), now[section], sorted(now[section]))
+        yield from _differing(_recorded(record, job, section), now[section], sorted(now[section]))
     for section, option in _DECISIVE_OPTIONS:
-        yield from _differing(record.config.get(section, {}), now[section], [option])
+        yield from _differing(_recorded(record, job, section), now[section], [option])
+
+
+def _recorded(record: CheckpointRecord, job: Job, section: str) -> dict[str, Any]:
+    """The options that ``record`` was trained with; one that is younger than it had its default's effect."""
+    options = getattr(job.config, section)
+    defaults = {each.name: each.default for each in fields(options) if each.default is not MISSING}
+    return {**defaults, **record.config.get(section, {})}
 
 
 def _plan(record: CheckpointRecord, job: Job) -> Iterator[str]:

@@ -13,7 +13,6 @@ import torch
 from megalrps.data.stream import SampleStream
 from megalrps.errors import InputError
 from megalrps.model.counts import flops_per_token
-from megalrps.model.initialisation import initialise_
 from megalrps.paths.plan import Segment, Window
 from megalrps.training.metrics import StepMetrics
 from megalrps.training.run import Run
@@ -61,9 +60,7 @@ class Loop:
         candidates = list(run.lineage.resumable(segment.path, fingerprint, segment.start, segment.end))
         candidates += [source] if source is not None else []
         if not candidates:
-            initialise_(state.model, run.job.model, self.options.seed, state.buffers.placements)
-            state.optimizer.reset()
-            state.step, state.train_seconds = 0, 0.0
+            state.initialise(run.job.model, self.options.seed)
         elif state.checkpoint != candidates[0]:
             record = run.load_first(candidates)
             run.log.say(f"restored {state.checkpoint}: {record.path} at step {record.step:,}")
@@ -80,9 +77,7 @@ class Loop:
             self.state,
             self.batch(self.plan.window_at(segment.path, step), step),
             learning_rate=self.plan.path(segment.path).curve(step),
-            micro_batch=run.job.micro_batch_size,
-            bf16=self.options.bf16,
-            world=run.mesh.data,
+            mesh=run.mesh,
         )
         seconds = time.perf_counter() - started
         if not result.is_finite:
@@ -118,12 +113,13 @@ class Loop:
             step=step,
             loss=result.loss,
             lr=self.plan.path(segment.path).curve(step),
-            grad_norm=result.gradient_norm,
+            grad_norm=None if result.skipped else result.gradient_norm,
             tokens=step * tokens,
             samples=step * samples,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             mfu=tokens * self._flops_per_token / seconds / self._peak if self._peak else None,
+            loss_scale=result.loss_scale,
         )
 
     def commit(self, segment: Segment, kind: str) -> None:

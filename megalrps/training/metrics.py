@@ -25,12 +25,13 @@ class StepMetrics:
     step: int
     loss: float
     lr: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     samples: int
     seconds: float
     tokens_per_second: float
     mfu: float | None = None
+    loss_scale: float | None = None
 
 
 class MetricsFile:

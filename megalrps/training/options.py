@@ -1,9 +1,14 @@
 """The options of the training room: one frozen dataclass a concern, Megatron's names where Megatron has them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megalrps.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MomentType = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -17,13 +22,18 @@ class TrainingOptions:
     """Samples of one forward and backward pass on one rank; unset: the rank's whole share in one pass."""
 
     bf16: bool = False
-    """Compute in bfloat16 (autocast) over fp32 parameters; off: fp32 throughout."""
+    """Compute in bfloat16 over fp32 masters of the parameters; off, and without --fp16: fp32 throughout."""
+
+    fp16: bool = False
+    """Compute in fp16 over fp32 masters, the loss scaled so that small gradients do not vanish."""
 
     seed: int = 1234
     """Seed of the initial weights and of the sample order."""
 
     def check(self, ranks: int) -> None:
         """Raise InputError where the batch cannot be shared out evenly over ``ranks`` data-parallel ones."""
+        if self.bf16 and self.fp16:
+            raise InputError("--bf16 and --fp16 are two precisions: give one of them")
         if self.global_batch_size < 1:
             raise InputError(f"--global-batch-size {self.global_batch_size}: must be at least 1")
         if self.global_batch_size % ranks:
@@ -37,6 +47,13 @@ class TrainingOptions:
                 f"--micro-batch-size {self.micro_batch_size} does not divide the {local} samples of a rank "
                 f"(--global-batch-size {self.global_batch_size} over {ranks} ranks)"
             )
+
+    @property
+    def compute_dtype(self) -> "torch.dtype | None":
+        """The type of matrix products, where it is not that of the parameters."""
+        import torch  # options are read and checked by tools that do without
+
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def micro_batch(self, ranks: int) -> int:
         """Samples of one pass on one of ``ranks`` data-parallel ranks."""
@@ -62,6 +79,12 @@ class OptimizerOptions:
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0: never."""
 
+    exp_avg_dtype: MomentType = "fp32"
+    """In which the first moment is kept; it is computed in fp32 either way."""
+
+    exp_avg_sq_dtype: MomentType = "fp32"
+    """In which the second moment is kept; bf16 cannot follow the decay of a beta2 above about 0.998."""
+
     def check(self) -> None:
         """Raise InputError for values outside AdamW's domain."""
         for name, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
@@ -74,6 +97,45 @@ class OptimizerOptions:
         ):
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name} {value}: must be finite and not negative")
+
+
+@dataclass(frozen=True)
+class LossScaleOptions:
+    """What --fp16 multiplies the loss by, so that gradients do not vanish, and when that changes."""
+
+    loss_scale: float | None = None
+    """A constant scale; unset: one that follows the gradients."""
+
+    initial_loss_scale: float = 65536.0
+    """The scale that a run starts with."""
+
+    min_loss_scale: float = 1.0
+    """The scale is never lowered below this."""
+
+    loss_scale_window: int = 1000
+    """Updates without an overflow after which the scale is doubled."""
+
+    hysteresis: int = 2
+    """Overflows before the scale is halved."""
+
+    def check(self, fp16: bool) -> None:
+        """Raise InputError for scales that are none, or that nothing would use."""
+        if self.loss_scale is not None and not fp16:
+            raise InputError("--loss-scale needs --fp16: other precisions do not scale the loss")
+        for name, value in (
+            ("--loss-scale", self.loss_scale),
+            ("--initial-loss-scale", self.initial_loss_scale),
+            ("--min-loss-scale", self.min_loss_scale),
+        ):
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name} {value}: must be finite and above 0")
+        if self.initial_loss_scale < self.min_loss_scale:
+            raise InputError(
+                f"--initial-loss-scale {self.initial_loss_scale} is below --min-loss-scale {self.min_loss_scale}"
+            )
+        for name, count in (("--loss-scale-window", self.loss_scale_window), ("--hysteresis", self.hysteresis)):
+            if count < 1:
+                raise InputError(f"{name} {count}: must be at least 1")
 
 
 @dataclass(frozen=True)

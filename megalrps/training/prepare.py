@@ -11,9 +11,13 @@ from megalrps.data.tokenizer import load_tokenizer
 from megalrps.errors import InputError
 from megalrps.model.config import ModelConfig, with_vocabulary
 from megalrps.model.sharding import check_tensor_parallel
+from megalrps.model.stage_cut import cut_model
 from megalrps.parallel.layout import Layout
+from megalrps.parallel.schedule import Schedule, make_schedule
+from megalrps.parallel.stages import Stage
 from megalrps.paths.paradigms import build_plan
 from megalrps.paths.plan import Increment, Plan
+from megalrps.training.batching import micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,11 @@ class Job:
     increments: tuple[OpenIncrement, ...]
     held_out: tuple[OpenIncrement, ...]
     layout: Layout
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Samples of one pass on one rank."""
-        return self.config.training.micro_batch(self.layout.dp)
+    stages: tuple[Stage, ...]
+    schedule: Schedule | None
+    """Of the pipeline's stages; None where there is one stage."""
+    micro_batch_size: int
+    """Samples of one pass on one rank."""
 
     def stream(self, names: tuple[str, ...]) -> SampleStream:
         """The sample stream over the union of the named increments."""
@@ -67,10 +71,27 @@ def prepare(config: Config, world_size: int) -> Job:
     model.validate()
     layout = config.parallel.layout(world_size)
     check_tensor_parallel(model, layout.tp)
+    micro_batch = micro_batch_size(config.training, config.parallel, layout)
+    stages, schedule = _pipeline(config, model, layout, micro_batch)
     plan = build_plan(_planned_increments(config, increments), config.plan)
-    job = Job(config, model, plan, increments, held_out, layout)
+    job = Job(config, model, plan, increments, held_out, layout, stages, schedule, micro_batch)
     _check_every_window(job)
     return job
+
+
+def _pipeline(
+    config: Config, model: ModelConfig, layout: Layout, micro_batch: int
+) -> tuple[tuple[Stage, ...], Schedule | None]:
+    """The stages of the model and the schedule that runs them."""
+    parallel = config.parallel
+    count = layout.pp * parallel.stages_per_rank if layout.pp > 1 else 1
+    stages = cut_model(
+        model, count, sequence_length=config.data.seq_length, layout=parallel.pipeline_model_parallel_layout
+    )
+    if layout.pp == 1:
+        return stages, None
+    micro_batches = config.training.global_batch_size // layout.dp // micro_batch
+    return stages, make_schedule(parallel.pipeline_schedule, layout.pp, count, micro_batches)
 
 
 def _check_every_window(job: Job) -> None:

@@ -14,21 +14,15 @@ from megalrps.config import Config
 from megalrps.data.permutation import IMPLEMENTATION
 from megalrps.files import write_json, write_text
 from megalrps.fingerprint import fingerprint
-from megalrps.model.layers import Layers, LocalLayers
-from megalrps.model.sharding import key_value_copies, placements
-from megalrps.model.tensor_layers import TensorLayers
-from megalrps.model.transformer import Transformer
-from megalrps.parallel.buffers import FlatBuffers
-from megalrps.parallel.mesh import Mesh, make_mesh
-from megalrps.parallel.tensor import TensorParallel
+from megalrps.parallel.mesh import Mesh
 from megalrps.parallel.world import World
 from megalrps.paths.cost import cost_steps
 from megalrps.paths.plan import Segment
+from megalrps.training.assemble import assemble, job_mesh
 from megalrps.training.console import Log
 from megalrps.training.continuation import check_continuation, difference_between_ranks, identity
 from megalrps.training.describe import describe_size
 from megalrps.training.metrics import MetricsFile
-from megalrps.training.optimizer import Optimizer
 from megalrps.training.prepare import Job, prepare
 from megalrps.training.run_directory import RunDirectory
 from megalrps.training.state import TrainState
@@ -69,6 +63,7 @@ class Run:
     def load_first(self, names: list[str]) -> CheckpointRecord:
         """Load the first undamaged of ``names`` into the live state; set aside, and say, the damaged before it."""
         loaded = self.store.load_first(names, self.state.tensors())
+        self.state.filled()
         for refusal, name in zip(loaded.refused, names, strict=False):
             self.log.say(f"{refusal}; kept as {self.store.set_aside(name)}")
         record = self.lineage.records[loaded.manifest.name]
@@ -138,12 +133,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         store.prepare()
         lineage = world.decided(lambda: read_lineage(store.directory))
         world.together(lambda: check_continuation(lineage, job, directory.root))
-        mesh = make_mesh(
-            job.layout,
-            world,
-            copies=frozenset({key_value_copies(job.model, job.layout.tp)}),
-            timeout=timedelta(minutes=config.runtime.distributed_timeout_minutes),
-        )
+        mesh = job_mesh(job, world, timedelta(minutes=config.runtime.distributed_timeout_minutes))
         yield world.together(lambda: _opened(job, world, mesh, directory, store, lineage, stack))
 
 
@@ -170,7 +160,7 @@ def _opened(
         log.say(f"not used: {reason}")
     if metrics is not None and metrics.dropped:
         log.say(f"dropped {metrics.dropped} lines of metrics that no checkpoint covers: those steps are done again")
-    return Run(job, world, mesh, directory, store, lineage, _uninitialised_state(job, mesh), metrics, log)
+    return Run(job, world, mesh, directory, store, lineage, assemble(job, mesh), metrics, log)
 
 
 def _finished(lineage: Lineage, job: Job, segment: Segment) -> str | None:
@@ -184,12 +174,3 @@ def _covered(lineage: Lineage) -> dict[str, int]:
     for record in lineage.records.values():
         covered[record.path] = max(covered.get(record.path, 0), record.step)
     return covered
-
-
-def _uninitialised_state(job: Job, mesh: Mesh) -> TrainState:
-    ranks = TensorParallel(mesh.tensor, job.config.parallel.sequence_parallel)
-    layers: Layers = LocalLayers() if mesh.tensor.size == 1 else TensorLayers(ranks)
-    model = Transformer(job.model, layers=layers).to(mesh.tensor.device)
-    lie = placements(job.model, mesh.tensor.size, mesh.tensor.rank, sequence_parallel=ranks.sequence_parallel)
-    buffers = FlatBuffers(model, mesh=mesh, placements=lie)
-    return TrainState(model, buffers, Optimizer(buffers, job.config.optimizer))

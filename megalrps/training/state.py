@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megalrps.model.transformer import Transformer
+from megalrps.model.config import ModelConfig
+from megalrps.model.initialisation import initialise_buffers_
 from megalrps.parallel.buffers import FlatBuffers
+from megalrps.training.engine import Engine
 from megalrps.training.optimizer import Optimizer
 
 
@@ -18,13 +20,23 @@ class TrainState:
     training time behind this state, along its trajectory.
     """
 
-    model: Transformer
+    engine: Engine
     buffers: FlatBuffers
     optimizer: Optimizer
     path: str | None = None
     step: int = 0
     checkpoint: str | None = None
     train_seconds: float = 0.0
+
+    def initialise(self, config: ModelConfig, seed: int) -> None:
+        """Bring all to where the training of a model of ``seed`` begins. Collective."""
+        initialise_buffers_(self.buffers, config, seed)
+        self.optimizer.reset()
+        self.step, self.train_seconds = 0, 0.0
+
+    def filled(self) -> None:
+        """Make all that follows from the tensors below, once something has been loaded into them. Collective."""
+        self.buffers.refresh()
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> live tensor of all that a checkpoint holds: ``model.NAME``, ``optimizer.exp_avg.NAME`` and so on.
@@ -37,7 +49,6 @@ class TrainState:
     def weights(self) -> dict[str, Tensor]:
         """Those of :meth:`tensors` that are the model's: what an evaluation loads.
 
-        Tensors cut over ranks are DTensors of the global shape on the live memory, so that any layout loads them.
+        Of a tensor cut over ranks it is a view of the global shape that says which part lies here: any layout loads it.
         """
-        named = self.buffers.named_parameters()
-        return {f"model.{name}": self.buffers.as_global(name, view) for name, view in named}
+        return {f"model.{name}": view for name, view in self.buffers.named_masters()}

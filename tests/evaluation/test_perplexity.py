@@ -22,7 +22,9 @@ from megalrps.evaluation.perplexity import HeldOutLoss, LanguageModel, evaluate
 from megalrps.model.config import ModelConfig
 from megalrps.model.initialisation import initialise_
 from megalrps.model.transformer import SummedLoss, Transformer
+from megalrps.parallel.mesh import alone
 from megalrps.parallel.world import World
+from megalrps.training.engine import Engine
 
 VOCABULARY = 61
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -83,7 +85,6 @@ def loss_of(
         increment,
         sequence_length=length,
         micro_batch_size=size,
-        bf16=False,
         world=world,
     )
 
@@ -131,7 +132,9 @@ def test_batching_and_padding_do_not_change_the_loss(held_out: Callable[[int], O
 def test_bf16_is_used_when_asked_for(held_out: Callable[[int], OpenIncrement]) -> None:
     increment, model = held_out(45), transformer()
     exact = loss_of(model, increment).nats
-    rounded = evaluate(model, increment, sequence_length=8, micro_batch_size=3, bf16=True, world=ALONE).nats
+    mesh = alone(torch.device("cpu"))
+    engine = Engine({0: model}, mesh, micro_batch_size=3, sequence_length=8, autocast=torch.bfloat16)
+    rounded = loss_of(engine, increment).nats
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=2e-2)
 

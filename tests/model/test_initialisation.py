@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from megalrps.model.config import ModelConfig
-from megalrps.model.initialisation import initial_value, initialise_
+from megalrps.model.initialisation import initial_value, initialise_, initialise_buffers_
 from megalrps.model.layers import LocalLayers
 from megalrps.model.parameters import parameter_specs
 from megalrps.model.transformer import Transformer
+from megalrps.parallel.buffers import FlatBuffers
 
 torch.set_num_threads(1)
 
@@ -48,6 +49,18 @@ def test_a_tied_model_has_the_untied_ones_other_values():
     tied, untied = values(TIED), values(CONFIG)
     assert untied.keys() - tied.keys() == {"head.weight"}
     assert all(torch.equal(tied[name], untied[name]) for name in tied)
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_masters_start_from_the_same_values(compute):
+    model = Transformer(CONFIG)
+    buffers = FlatBuffers(model, compute_dtype=compute, bucket_size=1000)
+    initialise_buffers_(buffers, CONFIG, 7)
+    masters = dict(buffers.named_masters())
+    for name, expected in values(CONFIG).items():
+        assert torch.equal(masters[name], expected)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, masters[name].to(parameter.dtype))
 
 
 def test_seed_and_name_decide():

@@ -56,5 +56,5 @@ def test_a_sequence_that_cannot_be_cut_is_refused_only_where_it_is_cut():
     ParallelOptions(4, sequence_parallel=True).check(64)
     ParallelOptions(4, sequence_parallel=False).check(63)
     ParallelOptions(1, sequence_parallel=True).check(63)
-    with pytest.raises(InputError, match="--sequence-parallel cuts --seq-length 63 into 4"):
+    with pytest.raises(InputError, match="cut --seq-length 63 into 4"):
         ParallelOptions(4, sequence_parallel=True).check(63)

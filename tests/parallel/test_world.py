@@ -158,3 +158,15 @@ def test_a_device_that_is_not_there_is_refused(device: str, complaint: str):
         open_world({}, device=device, backend=None, timeout_minutes=1),
     ):
         pass
+
+
+def test_ranks_that_gloo_does_not_connect_are_told_what_to_set(monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with Connect timeout [none]")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", unreachable)
+    with (
+        pytest.raises(InputError, match=r"rank 0 .* GLOO_SOCKET_IFNAME .*Connect timeout"),
+        open_world(TORCHRUN, device="cpu", backend=None, timeout_minutes=1),
+    ):
+        pass

@@ -135,13 +135,19 @@ def test_the_passes_of_an_update_are_the_batch_cut_in_order(
     batches: Batches, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int
 ):
     passes: list[tuple[np.ndarray, np.ndarray]] = []
-    original = Transformer.loss
+    forward, loss = Transformer.forward, Transformer.loss_of_logits
+    inputs_of: list[np.ndarray] = []
 
-    def recording(self: Transformer, inputs: torch.Tensor, labels_BS: torch.Tensor, mask: Any = None) -> Any:
-        passes.append((inputs.numpy().copy(), labels_BS.numpy().copy()))
-        return original(self, inputs, labels_BS, mask)
+    def entering(self: Transformer, inputs: torch.Tensor, positions_S: Any = None) -> Any:
+        inputs_of.append(inputs.numpy().copy())
+        return forward(self, inputs, positions_S)
 
-    monkeypatch.setattr(Transformer, "loss", recording)
+    def leaving(self: Transformer, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, mask: Any = None) -> Any:
+        passes.append((inputs_of[-1], labels_BS.numpy().copy()))
+        return loss(self, logits_BSV, labels_BS, mask)
+
+    monkeypatch.setattr(Transformer, "forward", entering)
+    monkeypatch.setattr(Transformer, "loss_of_logits", leaving)
     flags = ("--micro-batch-size", str(micro_batch), "--increment-steps", "2", "--alpha", "0.5")
     with opened(command(TinyData(data.increments[:1], ()), tmp_path / "run", *flags)) as run:
         loop.train(run)

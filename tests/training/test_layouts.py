@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
+from rank_pieces import Pieces, pieces, together
 from tiny_job import (
     ENTRY,
     TinyData,
@@ -45,14 +45,11 @@ def _rank_trains(rank: int, arguments: list[str]) -> None:
         trained(arguments, world_of_harness())
 
 
-def _rank_loads(rank: int, arguments: list[str], name: str) -> dict[str, np.ndarray]:
-    """The global tensors that a checkpoint fills at another layout."""
+def _rank_loads(rank: int, arguments: list[str], name: str) -> Pieces:
+    """What a checkpoint fills at another layout."""
     with opened(arguments, world_of_harness()) as run:
         run.load_first([name])
-        return {
-            key: (value.full_tensor() if hasattr(value, "full_tensor") else value).numpy().copy()
-            for key, value in run.state.tensors().items()
-        }
+        return pieces(run.state.tensors().items())
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +107,8 @@ def test_any_layout_loads_the_bits_that_tp2_dp2_saved(
         (tmp_path / "run" / entry.name).symlink_to(entry)
     whole = tensors(cut, LAST)
     assert any(name.startswith("optimizer.exp_avg_sq.") for name in whole)
-    for found in run_ranks(ranks, _rank_loads, command(two, tmp_path / "run", *HEADS, *layout), LAST):
-        assert differing({name: torch.from_numpy(value) for name, value in found.items()}, whole) == []
+    found = together(run_ranks(ranks, _rank_loads, command(two, tmp_path / "run", *HEADS, *layout), LAST))
+    assert differing({name: torch.from_numpy(value) for name, value in found.items()}, whole) == []
 
 
 def test_a_run_goes_on_at_any_other_layout(run_ranks, two: TinyData, alone: Path, tmp_path: Path):
@@ -129,14 +126,14 @@ def test_bf16_learns_at_tp2(run_ranks, two: TinyData, alone: Path, tmp_path: Pat
 
 
 def _rank_trains_on_nothing_at_update_3(rank: int, arguments: list[str]) -> tuple[int, str]:
-    original, calls = Transformer.loss, []
+    original, calls = Transformer.loss_of_logits, []
 
     def failing(self: Transformer, *args: Any) -> SummedLoss:
         calls.append(args)
         loss = original(self, *args)
         return SummedLoss(loss.total * float("nan"), loss.tokens) if rank == 1 and len(calls) == 3 else loss
 
-    with mock.patch.object(Transformer, "loss", failing), opened(arguments, world_of_harness()) as run:
+    with mock.patch.object(Transformer, "loss_of_logits", failing), opened(arguments, world_of_harness()) as run:
         try:
             loop.train(run)
         except (NonFiniteError, RepeatedError) as error:
@@ -162,7 +159,7 @@ def _rank_opens(rank: int, arguments: list[str]) -> str:
     [
         (2, ("--tensor-model-parallel-size", "3"), "--tensor-model-parallel-size 3 does not divide the 2 ranks"),
         (2, (*TP2, "--num-attention-heads", "1"), "--tensor-model-parallel-size 2 does not divide --num-attention-h"),
-        (2, (*TP2_SP, "--seq-length", "15"), "--sequence-parallel cuts --seq-length 15 into 2"),
+        (2, (*TP2_SP, "--seq-length", "15"), "--tensor-model-parallel-size 2 cut --seq-length 15 into 2"),
         (2, (*TP2, "--ffn-hidden-size", "63"), "does not divide --ffn-hidden-size 63"),
         (4, (*TP2, "--global-batch-size", "3"), "not a multiple of the 2 data-parallel ranks"),
         (2, (*TP2, "--world-size", "2"), "--world-size is for --dry-run"),

@@ -53,14 +53,14 @@ def test_an_exploding_run_says_what_to_do(data: TinyData, tmp_path: Path):
 
 
 def _rank_trains_on_nothing_at_update_3(rank: int, arguments: list[str]) -> tuple[int, str]:
-    original, calls = Transformer.loss, []
+    original, calls = Transformer.loss_of_logits, []
 
     def failing(self: Transformer, *args: Any) -> SummedLoss:
         calls.append(args)
         loss = original(self, *args)
         return SummedLoss(loss.total * float("inf"), loss.tokens) if rank == 1 and len(calls) == 3 else loss
 
-    with mock.patch.object(Transformer, "loss", failing), opened(arguments, world_of_harness()) as run:
+    with mock.patch.object(Transformer, "loss_of_logits", failing), opened(arguments, world_of_harness()) as run:
         try:
             loop.train(run)
         except NonFiniteError as error:

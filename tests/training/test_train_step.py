@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from tiny_job import ALONE, BATCH, SEQUENCE_LENGTH, world_of_harness
+from tiny_job import BATCH, SEQUENCE_LENGTH, world_of_harness
 
 from megalrps.model.config import ModelConfig
 from megalrps.model.initialisation import initialise_
 from megalrps.model.transformer import Transformer
 from megalrps.parallel.buffers import FlatBuffers
-from megalrps.parallel.world import World
+from megalrps.parallel.layout import Layout
+from megalrps.parallel.mesh import Mesh, alone, make_mesh
+from megalrps.training.engine import Engine
 from megalrps.training.optimizer import Optimizer
 from megalrps.training.options import OptimizerOptions
 from megalrps.training.state import TrainState
@@ -18,6 +20,7 @@ from megalrps.training.step import Batch, StepResult, forward_backward, train_st
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=64, vocab_size=64)
 CLIP = 0.05
 UPDATES, RATE = 5, 1e-2
+ALONE = alone(torch.device("cpu"))
 
 
 def double_model() -> Transformer:
@@ -26,12 +29,13 @@ def double_model() -> Transformer:
     return model
 
 
-def double_state(clip_grad: float = CLIP) -> TrainState:
+def double_state(mesh: Mesh = ALONE, *, micro_batch: int = BATCH, clip_grad: float = CLIP) -> TrainState:
     """A state in float64, where a wrong sum cannot hide behind rounding."""
     torch.set_num_threads(1)
     model = double_model()
-    buffers = FlatBuffers(model)
-    return TrainState(model, buffers, Optimizer(buffers, OptimizerOptions(clip_grad=clip_grad)))
+    buffers = FlatBuffers(model, mesh=mesh, sharding="no_shard")
+    engine = Engine({0: model}, mesh, micro_batch_size=micro_batch, sequence_length=SEQUENCE_LENGTH)
+    return TrainState(engine, buffers, Optimizer(buffers, OptimizerOptions(clip_grad=clip_grad)))
 
 
 def global_batch(step: int) -> np.ndarray:
@@ -39,23 +43,20 @@ def global_batch(step: int) -> np.ndarray:
     return generator.integers(0, CONFIG.vocab_size, size=(BATCH, SEQUENCE_LENGTH + 1))
 
 
-def share(step: int, world: World = ALONE) -> Batch:
-    size = BATCH // world.size
-    return Batch(global_batch(step)[world.rank * size : (world.rank + 1) * size], BATCH * SEQUENCE_LENGTH)
+def share(step: int, mesh: Mesh = ALONE) -> Batch:
+    size, rank = BATCH // mesh.data.size, mesh.data.rank
+    return Batch(global_batch(step)[rank * size : (rank + 1) * size], BATCH * SEQUENCE_LENGTH)
 
 
-def updated(world: World, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[StepResult]]:
+def updated(mesh: Mesh, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[StepResult]]:
     """The tensors after UPDATES updates, and what each of them told."""
-    state = double_state()
-    results = [
-        train_step(state, share(step, world), learning_rate=RATE, micro_batch=micro_batch, bf16=False, world=world)
-        for step in range(UPDATES)
-    ]
+    state = double_state(mesh, micro_batch=micro_batch)
+    results = [train_step(state, share(step, mesh), learning_rate=RATE, mesh=mesh) for step in range(UPDATES)]
     return {name: tensor.clone() for name, tensor in state.tensors().items()}, results
 
 
 def _rank_updates(rank: int, micro_batch: int) -> tuple[dict[str, np.ndarray], list[StepResult]]:
-    found, results = updated(world_of_harness(), micro_batch)
+    found, results = updated(make_mesh(Layout(dp=2), world_of_harness()), micro_batch)
     return {name: tensor.numpy() for name, tensor in found.items()}, results  # a tensor would travel by shared memory
 
 
@@ -65,33 +66,32 @@ def mean_loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 
 def test_the_loss_and_the_gradient_are_those_of_the_mean_over_the_batch():
     state, model = double_state(), double_model()
-    loss = forward_backward(state, share(0), micro_batch=BATCH, bf16=False, world=ALONE)
+    loss = forward_backward(state, share(0), ALONE)
     expected = mean_loss(model, torch.from_numpy(global_batch(0)))
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # the reported loss is fp32
     wanted = dict(model.named_parameters())
-    for group in state.buffers.groups:
-        for name, gradient in group.named(group.gradients):
-            torch.testing.assert_close(gradient, wanted[name].grad, rtol=1e-12, atol=1e-15)
+    for name, gradient in state.buffers.named_gradients():
+        torch.testing.assert_close(gradient, wanted[name].grad, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_gradients_do_not_depend_on_the_size_of_a_pass(micro_batch: int):
-    whole, cut = double_state(), double_state()
-    forward_backward(whole, share(0), micro_batch=BATCH, bf16=False, world=ALONE)
-    forward_backward(cut, share(0), micro_batch=micro_batch, bf16=False, world=ALONE)
-    for expected, found in zip(whole.buffers.groups, cut.buffers.groups, strict=True):
+    whole, cut = double_state(), double_state(micro_batch=micro_batch)
+    forward_backward(whole, share(0), ALONE)
+    forward_backward(cut, share(0), ALONE)
+    for expected, found in zip(whole.buffers.buckets, cut.buffers.buckets, strict=True):
         scale = expected.gradients.abs().max()
         assert scale > 1e-3
         assert (found.gradients - expected.gradients).abs().max() <= 1e-12 * scale
 
 
 def test_gradients_of_an_earlier_update_are_gone():
-    state, fresh = double_state(), double_state()
-    forward_backward(state, share(1), micro_batch=2, bf16=False, world=ALONE)
-    forward_backward(state, share(0), micro_batch=2, bf16=False, world=ALONE)
-    forward_backward(fresh, share(0), micro_batch=2, bf16=False, world=ALONE)
-    for found, expected in zip(state.buffers.groups, fresh.buffers.groups, strict=True):
+    state, fresh = double_state(micro_batch=2), double_state(micro_batch=2)
+    forward_backward(state, share(1), ALONE)
+    forward_backward(state, share(0), ALONE)
+    forward_backward(fresh, share(0), ALONE)
+    for found, expected in zip(state.buffers.buckets, fresh.buffers.buckets, strict=True):
         assert torch.equal(found.gradients, expected.gradients)
 
 
@@ -131,11 +131,8 @@ def test_two_ranks_make_the_updates_of_one_process(run_ranks, micro_batch: int):
 
 
 def test_a_threshold_of_zero_never_clips():
-    unclipped, clipped = double_state(0.0), double_state(CLIP)
-    results = [
-        train_step(state, share(0), learning_rate=RATE, micro_batch=BATCH, bf16=False, world=ALONE)
-        for state in (unclipped, clipped)
-    ]
+    unclipped, clipped = double_state(clip_grad=0.0), double_state()
+    results = [train_step(state, share(0), learning_rate=RATE, mesh=ALONE) for state in (unclipped, clipped)]
     assert results[0] == results[1], "the norm that is told is the one before clipping"
     for whole, scaled in zip(unclipped.optimizer.exp_avg, clipped.optimizer.exp_avg, strict=True):
         torch.testing.assert_close(scaled, whole * CLIP / results[0].gradient_norm, rtol=1e-4, atol=0)
@@ -145,3 +142,4 @@ def test_a_threshold_of_zero_never_clips():
 def test_figures_that_are_no_numbers_are_told(loss: float, norm: float):
     assert StepResult(2.0, 1.0).is_finite
     assert not StepResult(loss, norm).is_finite
+    assert StepResult(loss, norm, skipped=True).is_finite == np.isfinite(loss)
