@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pretrain a LLaMA of 203M parameters by learning rate path switching, on one node or several: a launch script in the
-# manner of Megatron-LM's. Every rank holds the whole model; other layouts: docs/parallel.md.
+# Pretrain a LLaMA by learning rate path switching on one GPU, one node or several: a launch script in the manner of
+# Megatron-LM's. Model, plan and optimizer are examples/$MODEL.yaml, whose head names layouts and the memory they take.
 #
 #   examples/pretrain.sh RUN TENSORBOARD TOKENIZER INCREMENT [INCREMENT ...]
 #
@@ -9,11 +9,22 @@
 #   TOKENIZER    SentencePiece model that the increments were made with
 #   INCREMENT    prefix of an indexed dataset, oldest first; a version is released for each
 #
-# From the environment, as torchrun needs them on each node:
-#   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT
-# and, where wanted:
-#   HELD_OUT     "PREFIX ...": held-out part of each increment, in the same order
-#   TRAIN_ARGS   "--flag value ...": further flags; said last, so they win over those below
+# From the environment, each with what one GPU takes:
+#   MODEL           llama_203m (default), llama_1.2b or llama_3.1b
+#   GPUS_PER_NODE   1
+#   LAYOUT          "--flag value ...": how a model is cut over ranks, none: every rank holds the whole
+#   HELD_OUT        "PREFIX ...": held-out part of each increment, in the same order
+#   TRAIN_ARGS      "--flag value ...": further flags; said last, so they win over all others
+# Several nodes: the same command on each, RUN on a file system that all of them share. They find each other either by
+#   NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    ranks stand in the order of NODE_RANK; when a node is lost, every
+#                                                     launch ends, a silent one after --distributed-timeout-minutes
+# or, where torchrun itself is to start again after a crash, by its rendezvous
+#   NUM_NODES, RDZV_ENDPOINT=HOST:PORT, MAX_RESTARTS  ranks stand in the order of the nodes' names, as text; when the
+#                                                     HOST falls silent, the other launchers wait on: end them by hand
+# Over gloo, and where a node's name leads to 127.0.1.1, also GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME): docs/parallel.md.
+#
+#   MODEL=llama_1.2b GPUS_PER_NODE=8 LAYOUT="--tensor-model-parallel-size 2 --sequence-parallel" \
+#       examples/pretrain.sh runs/1.2b none tokenizer.model data/2022 data/2023 data/2024
 set -euo pipefail
 if (($# < 4)); then
     echo "usage: $0 RUN TENSORBOARD TOKENIZER INCREMENT [INCREMENT ...]" >&2
@@ -22,43 +33,35 @@ fi
 RUN=$1 TENSORBOARD=$2 TOKENIZER=$3
 shift 3
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+CONFIG=$ROOT/examples/${MODEL:-llama_203m}.yaml
+if [[ ! -f "$CONFIG" ]]; then
+    echo "$0: MODEL=$MODEL: there is no $CONFIG" >&2
+    exit 2
+fi
+read -r -a LAYOUT_ARGS <<< "${LAYOUT:-}"
 read -r -a HELD_OUT_PREFIXES <<< "${HELD_OUT:-}"
 read -r -a LAST_ARGS <<< "${TRAIN_ARGS:-}"
 
 DISTRIBUTED_ARGS=(
     --nproc-per-node "${GPUS_PER_NODE:-1}"
     --nnodes "${NUM_NODES:-1}"
-    --node-rank "${NODE_RANK:-0}"
-    --master-addr "${MASTER_ADDR:-localhost}"
-    --master-port "${MASTER_PORT:-6000}"
 )
-
-MODEL_ARGS=(
-    --num-layers 15
-    --hidden-size 896
-    --num-attention-heads 14
-    --ffn-hidden-size 2432
-    --untie-embeddings-and-output-weights
-)
-
-PLAN_ARGS=(
-    --paradigm lrps
-    --alpha 0.6
-    --lr 3.0e-4
-    --min-lr 3.0e-5
-    --lr-decay-style cosine
-)
-
-TRAINING_ARGS=(
-    --seq-length 2048
-    --global-batch-size 512    # 2^20 tokens a step
-    --micro-batch-size 8       # 14.74 GiB a rank with a vocabulary of 32,000: a GPU of 24 GB
-    --bf16
-    --weight-decay 0.1
-    --adam-beta1 0.9
-    --adam-beta2 0.95
-    --clip-grad 1.0
-)
+if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
+    DISTRIBUTED_ARGS+=(
+        --rdzv-backend c10d
+        --rdzv-endpoint "$RDZV_ENDPOINT"
+        --rdzv-id "$(basename "$RUN")"
+        --max-restarts "${MAX_RESTARTS:-0}"
+    )
+    # Else workers that are started again find the addresses of their first start (pytorch#135712).
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+else
+    DISTRIBUTED_ARGS+=(
+        --node-rank "${NODE_RANK:-0}"
+        --master-addr "${MASTER_ADDR:-localhost}"
+        --master-port "${MASTER_PORT:-6000}"
+    )
+fi
 
 DATA_ARGS=(
     --tokenizer-type SentencePieceTokenizer
@@ -69,19 +72,14 @@ if ((${#HELD_OUT_PREFIXES[@]})); then
     DATA_ARGS+=(--valid-data-path "${HELD_OUT_PREFIXES[@]}")
 fi
 
-CHECKPOINT_AND_LOGGING_ARGS=(
-    --save "$RUN"
-    --save-interval 500
-    --log-interval 10
-)
+SAVE_AND_LOGGING_ARGS=(--save "$RUN")
 if [[ "$TENSORBOARD" != none ]]; then
-    CHECKPOINT_AND_LOGGING_ARGS+=(--tensorboard-dir "$TENSORBOARD")
+    SAVE_AND_LOGGING_ARGS+=(--tensorboard-dir "$TENSORBOARD")
 fi
 
 exec torchrun "${DISTRIBUTED_ARGS[@]}" "$ROOT/pretrain_gpt.py" \
-    "${MODEL_ARGS[@]}" \
-    "${PLAN_ARGS[@]}" \
-    "${TRAINING_ARGS[@]}" \
+    --config "$CONFIG" \
+    "${LAYOUT_ARGS[@]}" \
     "${DATA_ARGS[@]}" \
-    "${CHECKPOINT_AND_LOGGING_ARGS[@]}" \
+    "${SAVE_AND_LOGGING_ARGS[@]}" \
     "${LAST_ARGS[@]}"
