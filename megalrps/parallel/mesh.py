@@ -1,4 +1,4 @@
-"""The mesh of a launch as one of its ranks sees it: the groups it belongs to.
+"""The mesh of a launch as one of its ranks sees it: the groups it belongs to, and the device mesh they span.
 
 Nothing here is global: the mesh is made once, and whoever needs a group is handed it. The launch as a whole, the
 :class:`megalrps.parallel.world.World`, decides, writes and fails together; it is no part of the mesh.
@@ -10,9 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from megalrps.parallel.group import Group
-from megalrps.parallel.layout import Layout
+from megalrps.parallel.layout import DIMENSIONS, Layout
 from megalrps.parallel.placement import Placement
 
 
@@ -25,8 +26,9 @@ class Mesh:
     of the first and of the last pipeline stage that hold the same part of a tied embedding; None for every other rank,
     and where none was asked for.
 
-    ``holders``, by the number of copies, are the ranks of the tensor-parallel group that hold the same piece of a
-    parameter with fewer pieces than ranks. Without any, :meth:`sharing` refuses such a one.
+    ``device_mesh`` has the dimensions (pp, dp, cp, tp) and the groups of the same names; it is None for a process that
+    runs alone. ``holders``, by the number of copies, are the ranks of the tensor-parallel group that hold the same
+    piece of a parameter with fewer pieces than ranks. Without any, :meth:`sharing` refuses such a one.
     """
 
     layout: Layout
@@ -37,6 +39,7 @@ class Mesh:
     replicas: Group
     ends: Group | None = None
     holders: dict[int, Group] = field(default_factory=dict)
+    device_mesh: DeviceMesh | None = None
 
     def sharing(self, placement: Placement) -> Group | None:
         """The ranks of the tensor-parallel group that hold the same piece as this one; None: it holds it alone."""
@@ -71,8 +74,8 @@ def make_mesh(
     if everyone.group is None:
         return alone(everyone.device)
     ranks = torch.arange(layout.world_size).view(layout.sizes)
-    along = [_own(ranks.movedim(axis, -1).flatten(0, -2), everyone, timeout) for axis in range(ranks.dim())]
-    pipeline, data, context, tensor = along  # as in DIMENSIONS
+    device_mesh = _device_mesh(ranks, everyone, timeout)
+    pipeline, data, context, tensor = (_along(device_mesh, name, everyone.device) for name in DIMENSIONS)
     holders = {count: _own(ranks.view(-1, count), everyone, timeout) for count in sorted(copies - {1, layout.tp})}
     both = ranks.flatten(1, 2).movedim(1, -1).flatten(0, -2)
     return Mesh(
@@ -84,7 +87,24 @@ def make_mesh(
         replicas=data if layout.cp == 1 else context if layout.dp == 1 else _own(both, everyone, timeout),
         ends=_ends(ranks, everyone, timeout) if ends and layout.pp > 1 else None,
         holders=holders,
+        device_mesh=device_mesh,
     )
+
+
+def _device_mesh(ranks: Tensor, everyone: Group, timeout: timedelta | None) -> DeviceMesh:
+    """A device mesh over groups made here: those that DeviceMesh makes know no timeout but torch's own."""
+    groups = []
+    for axis in range(ranks.dim()):
+        group = _made(ranks.movedim(axis, -1).flatten(0, -2), everyone, timeout)
+        assert group is not None, "every rank is in a row"
+        groups.append(group)
+    return DeviceMesh.from_group(groups, everyone.device.type, ranks, mesh_dim_names=DIMENSIONS)
+
+
+def _along(mesh: DeviceMesh, dimension: str, device: torch.device) -> Group:
+    """The group of a dimension; a rank that is alone in it exchanges nothing."""
+    members = mesh[dimension]
+    return Group(members.get_local_rank(), members.size(), device, members.get_group() if members.size() > 1 else None)
 
 
 def _ends(ranks: Tensor, everyone: Group, timeout: timedelta | None) -> Group | None:

@@ -13,7 +13,7 @@ from megalrps.model.config import ModelConfig, with_vocabulary
 from megalrps.model.sharding import check_tensor_parallel
 from megalrps.model.stage_cut import cut_model
 from megalrps.parallel.layout import Layout
-from megalrps.parallel.schedule import Schedule, make_schedule
+from megalrps.parallel.schedule import Schedule, check_stages, make_schedule
 from megalrps.parallel.stages import Stage
 from megalrps.paths.paradigms import build_plan
 from megalrps.paths.plan import Increment, Plan
@@ -84,6 +84,8 @@ def _pipeline(
 ) -> tuple[tuple[Stage, ...], Schedule | None]:
     """The stages of the model and the schedule that runs them."""
     parallel = config.parallel
+    if layout.pp > 1:
+        check_stages(parallel.pipeline_schedule, parallel.stages_per_rank)
     count = layout.pp * parallel.stages_per_rank if layout.pp > 1 else 1
     stages = cut_model(
         model, count, sequence_length=config.data.seq_length, layout=parallel.pipeline_model_parallel_layout

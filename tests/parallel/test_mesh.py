@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from tiny_job import ALONE, world_of_harness
 
-from megalrps.parallel.layout import Layout
+from megalrps.parallel.layout import DIMENSIONS, Layout
 from megalrps.parallel.mesh import make_mesh
 from megalrps.parallel.placement import WHOLE, Placement
 
@@ -36,6 +36,39 @@ def test_the_groups_are_the_layouts(run_ranks):
             (expected,) = [group for group in LAYOUT.groups(dimension) if rank in group]
             assert tuple(groups[dimension]) == expected
         assert groups["copies"] == [rank // 2 * 2, rank // 2 * 2 + 1]
+
+
+DEEP = Layout(pp=2, dp=2, cp=2, tp=1)
+
+
+def _rank_lists(rank: int, layout: Layout) -> dict[str, list[int] | None]:
+    mesh = make_mesh(layout, world_of_harness(), ends=True)
+    assert mesh.device_mesh is not None and mesh.device_mesh.mesh_dim_names == DIMENSIONS
+    groups = {
+        "pp": mesh.pipeline,
+        "dp": mesh.data,
+        "cp": mesh.context,
+        "tp": mesh.tensor,
+        "replicas": mesh.replicas,
+        "ends": mesh.ends,
+    }
+    return {
+        name: None if each is None else dist.get_process_group_ranks(each.group) if each.group else [rank]
+        for name, each in groups.items()
+    }
+
+
+@pytest.mark.parametrize("layout", [DEEP, Layout(pp=4, dp=1, cp=1, tp=2), Layout(pp=2, tp=2, cp=2)], ids=str)
+def test_every_dimension_and_what_goes_across_them(run_ranks, layout: Layout):
+    for rank, groups in enumerate(run_ranks(layout.world_size, _rank_lists, layout)):
+        place = layout.coordinates(rank)
+        for dimension in DIMENSIONS:
+            (expected,) = [group for group in layout.groups(dimension) if rank in group]
+            assert groups[dimension] == list(expected)
+        every = [(other, layout.coordinates(other)) for other in range(layout.world_size)]
+        assert groups["replicas"] == [n for n, other in every if (other.pp, other.tp) == (place.pp, place.tp)]
+        alike = [n for n, other in every if (other.dp, other.cp, other.tp) == (place.dp, place.cp, place.tp)]
+        assert groups["ends"] == ([alike[0], alike[-1]] if rank in (alike[0], alike[-1]) else None)
 
 
 def test_a_process_alone_needs_no_groups():

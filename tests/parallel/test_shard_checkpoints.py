@@ -180,3 +180,31 @@ def test_a_view_holds_live_memory_and_computes_nothing():
     assert run[0] == 7
     with pytest.raises(TypeError, match="ShardView"):
         view + 1
+
+
+def _rank_of_a_pipeline(rank: int, directory: Path) -> tuple[float, list[str]]:
+    """The norm of gradients that are 1 everywhere on every rank, and what a checkpoint of it does not give back."""
+    everyone = Group(rank, 4, torch.device("cpu"), dist.group.WORLD)
+    mesh = make_mesh(Layout(pp=2, dp=2), everyone, ends=True)
+    module = nn.ParameterDict({f"stage{mesh.pipeline.rank}": torch.zeros(3, 5), "tied": torch.zeros(7, 3)})
+    buffers = FlatBuffers(module, mesh=mesh, shared_with_ends=frozenset({"tied"}), bucket_size=1)
+    buffers.begin(1)
+    for bucket in buffers.buckets:
+        for view in bucket.gradient_views:
+            view.fill_(1.0)
+    buffers.finish_gradients()
+    tensors = dict(buffers.named_masters())
+    for name, tensor in tensors.items():
+        for offsets, part in chunks_of(tensor):
+            part.copy_(box(value_of(name, tensor), offsets, part))
+    Store(directory).save("pipeline", tensors, {})
+    whole = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
+    Store(directory).load("pipeline", whole)
+    lost = [name for name, tensor in whole.items() if not torch.equal(tensor, value_of(name, tensor))]
+    return buffers.gradient_norm().item(), lost
+
+
+def test_what_both_ends_of_a_pipeline_hold_is_summed_counted_and_saved_once(run_ranks, tmp_path: Path):
+    # two replicas add up to 2 in either stage's own 15 elements, and two stages' to 4 in the 21 that they share
+    expected = (2 * 15 * 2**2 + 21 * 4**2) ** 0.5
+    assert run_ranks(4, _rank_of_a_pipeline, tmp_path) == [(pytest.approx(expected, rel=1e-6), [])] * 4

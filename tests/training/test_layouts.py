@@ -88,6 +88,28 @@ def test_a_run_at_tp2_dp2_tells_what_a_single_process_tells(alone: Path, cut: Pa
     assert found["plan"] == expected["plan"]
 
 
+PP2 = ("--pipeline-model-parallel-size", "2")
+CP2 = ("--context-parallel-size", "2")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
+MORE: dict[str, tuple[int, tuple[str, ...]]] = {
+    "tp2-pp2-dp2": (8, (*TP2_SP, *PP2)),
+    "pp2-gpipe-cp2": (4, (*PP2, *CP2, "--pipeline-schedule", "gpipe")),
+    "dp4-zero2-recomputed": (4, ("--data-parallel-sharding-strategy", "optim_grads", "--micro-batch-size", "1", *FULL)),
+    "cp2-dp2-offloaded": (4, (*CP2, "--optimizer-cpu-offload", "--cpu-offloading-num-layers", "1")),
+}
+
+
+@pytest.mark.parametrize("layout", MORE)
+def test_every_dimension_of_the_main_command_tells_what_a_single_process_tells(
+    run_ranks, two: TinyData, alone: Path, tmp_path: Path, layout: str
+):
+    ranks, flags = MORE[layout]
+    run_ranks(ranks, _rank_trains, command(two, tmp_path / "run", *HEADS, *flags))
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+    for release, wanted in zip(summary(tmp_path / "run")["releases"], summary(alone)["releases"], strict=True):
+        assert release["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
+
+
 def test_a_checkpoint_does_not_tell_the_layout_that_made_it(alone: Path, cut: Path):
     found, expected = tensors(cut, LAST), tensors(alone, LAST)
     assert {name: tensor.shape for name, tensor in found.items()} == {
@@ -146,6 +168,13 @@ def test_what_is_no_number_on_one_tensor_parallel_rank_stops_them_all(run_ranks,
     assert told == [(3, "path main, step 3")] * 4
 
 
+def test_what_is_no_number_on_the_last_stage_stops_the_first_too(run_ranks, two: TinyData, tmp_path: Path):
+    """Rank 1 of two has the loss, in eight micro-batches an update; the third of them all is the first update's."""
+    flags = (*PP2, "--micro-batch-size", "1")
+    told = run_ranks(2, _rank_trains_on_nothing_at_update_3, command(two, tmp_path / "run", *HEADS, *flags))
+    assert [text for _, text in told] == ["path main, step 1"] * 2
+
+
 def _rank_opens(rank: int, arguments: list[str]) -> str:
     try:
         with opened(arguments, world_of_harness()):
@@ -163,6 +192,15 @@ def _rank_opens(rank: int, arguments: list[str]) -> str:
         (2, (*TP2, "--ffn-hidden-size", "63"), "does not divide --ffn-hidden-size 63"),
         (4, (*TP2, "--global-batch-size", "3"), "not a multiple of the 2 data-parallel ranks"),
         (2, (*TP2, "--world-size", "2"), "--world-size is for --dry-run"),
+        (2, (*PP2, "--num-layers", "1"), "--num-layers 1 cannot fill 2 pipeline stages"),
+        (2, (*PP2, "--micro-batch-size", "8"), "--pipeline-schedule 1f1b cannot run 1 micro-batches a step over 2"),
+        (2, (*PP2, "--pipeline-schedule", "dualpipev", "--micro-batch-size", "4"), "cannot run 2 micro-batches"),
+        (2, (*PP2, "--num-virtual-stages-per-pipeline-rank", "2"), "--pipeline-schedule 1f1b takes exactly 1"),
+        (2, (*PP2, "--pipeline-model-parallel-layout", "Et|L"), "spells 1 layers, --num-layers is 2"),
+        (2, (*CP2, "--seq-length", "18"), "--context-parallel-size 2 cut --seq-length 18 into 4 unequal parts"),
+        (3, CP2, "--context-parallel-size 2 does not divide the 3 ranks"),
+        (2, ("--bf16", "--fp16"), "--bf16 and --fp16"),
+        (2, ("--recompute-granularity", "full"), "--recompute-method"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_by_all_ranks_before_anything_is_written(
@@ -186,9 +224,13 @@ def test_a_dry_run_tells_the_layout_without_its_ranks(two: TinyData, tmp_path: P
     cut = json.loads(described(capsys, [*arguments, *TP2_SP, "--world-size", "4", "--json"]))
     assert one["layout"] == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
     assert cut["layout"] == {"pp": 1, "dp": 2, "cp": 1, "tp": 2}
-    assert one["parameters"] == cut["parameters"] == one["parameters_per_rank"] < 2 * cut["parameters_per_rank"]
-    assert cut["bytes_per_rank"]["total"] < one["bytes_per_rank"]["total"] / 2
-    assert one["bytes_sent_per_step"] == {"tensor": 0, "data": 0}
-    assert min(cut["bytes_sent_per_step"].values()) > 0
+    (alone,), ranks = one["ranks"], cut["ranks"]
+    assert [rank["coordinates"] for rank in ranks] == [
+        {"pp": 0, "dp": dp, "cp": 0, "tp": tp} for dp in range(2) for tp in range(2)
+    ]
+    assert one["parameters"] == cut["parameters"] == alone["parameters"] < 2 * ranks[0]["parameters"]
+    assert all(rank["bytes_total"] < alone["bytes_total"] / 2 for rank in ranks)
+    assert set(alone["bytes_sent_per_step"].values()) == {0}
+    assert min(rank["bytes_sent_per_step"][name] for rank in ranks for name in ("dp", "tp")) > 0
     assert "layout      tp 2 x dp 1" in described(capsys, [*arguments, *TP2])
     assert ENTRY.exists() and not (tmp_path / "run").exists()

@@ -69,12 +69,25 @@ def test_branches_leave_no_trace_on_the_main_path(data: TinyData, undisturbed: P
     check_forks(undisturbed, tmp_path / "straight")
 
 
-@pytest.mark.parametrize("layout", [(), ("--tensor-model-parallel-size", "2", "--sequence-parallel")], ids=["dp", "tp"])
-def test_on_two_ranks_neither_branches_nor_the_way_to_a_release_leave_a_trace(
-    run_ranks, data: TinyData, tmp_path: Path, layout: tuple[str, ...]
+TENSOR = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+PIPELINE = ("--pipeline-model-parallel-size", "2")
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "dp2": (2, ("--bf16",)),
+    "tp2": (2, TENSOR),
+    "tp2-pp2": (4, (*TENSOR, *PIPELINE)),
+    "tp2-pp2-zbv": (4, (*TENSOR, *PIPELINE, "--pipeline-schedule", "zbv", "--num-layers", "4", "--bf16")),
+    "pp2-cp2": (4, (*PIPELINE, "--context-parallel-size", "2", "--data-parallel-sharding-strategy", "optim_grads")),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_at_no_layout_do_branches_or_the_way_to_a_release_leave_a_trace(
+    run_ranks, data: TinyData, tmp_path: Path, layout: str
 ):
+    ranks, flags = LAYOUTS[layout]
     plans = {"switching": None, "straight": main_alone, "v3": partial(release_alone, "lrps", "v3")}
-    run_ranks(2, _rank_trains, [(command(data, tmp_path / name, *layout), planner) for name, planner in plans.items()])
+    jobs = [(command(data, tmp_path / name, *flags), planner) for name, planner in plans.items()]
+    run_ranks(ranks, _rank_trains, jobs, timeout=120)
     check_forks(tmp_path / "switching", tmp_path / "straight")
     assert differing(tensors(tmp_path / "switching", "v3-00000028"), tensors(tmp_path / "v3", "v3-00000028")) == []
 
