@@ -48,7 +48,7 @@ def describe(config: Config) -> None:
 
     world_size = config.world_size
     if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", config.parallel.tensor_model_parallel_size))
+        world_size = int(os.environ.get("WORLD_SIZE", config.parallel.fewest_ranks))
     job = prepare(config, world_size)
     if config.checkpoint.save:
         check_place(job)

@@ -1,6 +1,5 @@
 """Closed forms: parameters, floating-point operations and bytes of a model that need not be built. Imports no torch."""
 
-from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
@@ -40,48 +39,6 @@ def flops_per_token(config: ModelConfig, sequence_length: int, convention: FlopC
     weights = config.num_layers * layer_matmul_weights(config) + config.vocab_size * config.hidden_size
     square = 12 * config.num_layers * sequence_length * config.query_width
     return 6 * weights + (square if convention == "full-square" else square // 2)
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes of one process that trains a model, or its tensor-parallel part of one."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of it together."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
-
-
-def training_memory(
-    config: ModelConfig,
-    *,
-    micro_batch_size: int,
-    sequence_length: int,
-    autocast: bool = False,
-    ranks: int = 1,
-    sequence_parallel: bool = False,
-) -> TrainingMemory:
-    """Bytes to train with AdamW in fp32 (16 a parameter), optionally under bf16 autocast.
-
-    4 bytes a parameter for the weights (plus 2 for the copy autocast keeps), 4 for the gradients, 8 for the two
-    moments. Activations are what the forward pass keeps for the backward pass of one micro-batch
-    (:func:`activation_bytes_per_token`). ``ranks`` share every matrix, and the sequence between the matrices where
-    ``sequence_parallel``; each needs the same. What lives only within one operation is not counted: a block of the
-    loss, a gradient on its way down, the gathered input of a column map.
-    """
-    parameters = rank_parameter_count(config, ranks)
-    per_token = activation_bytes_per_token(config, autocast=autocast, ranks=ranks, sequence_parallel=sequence_parallel)
-    return TrainingMemory(
-        parameters=parameters * (6 if autocast else 4),
-        gradients=parameters * 4,
-        optimizer=parameters * 8,
-        activations=round(micro_batch_size * sequence_length * per_token),
-    )
 
 
 def rank_parameter_count(config: ModelConfig, ranks: int) -> int:

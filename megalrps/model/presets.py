@@ -41,7 +41,7 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
             num_layers=21, hidden_size=2048, num_attention_heads=16, ffn_hidden_size=5504, vocab_size=32000
         ),
         "llama-3.1b": ModelConfig(
-            num_layers=37, hidden_size=2560, num_attention_heads=20, ffn_hidden_size=6912, vocab_size=32000
+            num_layers=37, hidden_size=2560, num_attention_heads=40, ffn_hidden_size=6912, vocab_size=32000
         ),
     }
 )

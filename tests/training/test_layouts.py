@@ -232,5 +232,5 @@ def test_a_dry_run_tells_the_layout_without_its_ranks(two: TinyData, tmp_path: P
     assert all(rank["bytes_total"] < alone["bytes_total"] / 2 for rank in ranks)
     assert set(alone["bytes_sent_per_step"].values()) == {0}
     assert min(rank["bytes_sent_per_step"][name] for rank in ranks for name in ("dp", "tp")) > 0
-    assert "layout      tp 2 x dp 1" in described(capsys, [*arguments, *TP2])
+    assert "layout      dp 1 x tp 2" in described(capsys, [*arguments, *TP2])
     assert ENTRY.exists() and not (tmp_path / "run").exists()
