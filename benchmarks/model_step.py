@@ -39,7 +39,8 @@ from megalrps.model.initialisation import initialise_
 from megalrps.model.presets import PRESETS
 from megalrps.model.transformer import Transformer
 from megalrps.parallel.buffers import FlatBuffers, decays_matrices
-from megalrps.parallel.world import World
+from megalrps.parallel.mesh import alone
+from megalrps.training.engine import Engine
 from megalrps.training.optimizer import Optimizer
 from megalrps.training.options import OptimizerOptions
 from megalrps.training.state import TrainState
@@ -47,7 +48,7 @@ from megalrps.training.step import Batch, train_step
 
 _LEARNING_RATE = 3e-4
 _WARM_UP_STEPS = 2
-_WORLD = World(0, 1, torch.device("cpu"), None)
+_MESH = alone(torch.device("cpu"))
 
 
 class Times(NamedTuple):
@@ -63,15 +64,12 @@ Step = Callable[[np.ndarray], float]
 """One update with a batch of tokens [B, S + 1]; returns the loss."""
 
 
-def our_step(state: TrainState, bf16: bool) -> Step:
+def our_step(state: TrainState) -> Step:
     """A step of the training loop."""
 
     def step(tokens: np.ndarray) -> float:
         batch = Batch(tokens, tokens.shape[0] * (tokens.shape[1] - 1))
-        result = train_step(
-            state, batch, learning_rate=_LEARNING_RATE, micro_batch=len(tokens), bf16=bf16, world=_WORLD
-        )
-        return result.loss
+        return train_step(state, batch, learning_rate=_LEARNING_RATE, mesh=_MESH).loss
 
     return step
 
@@ -98,7 +96,7 @@ def peer_step(model: nn.Module, options: OptimizerOptions, bf16: bool) -> Step:
     return step
 
 
-def make_steps(shape: ModelConfig, sequence_length: int, bf16: bool) -> dict[str, Step]:
+def make_steps(shape: ModelConfig, batch_size: int, sequence_length: int, bf16: bool) -> dict[str, Step]:
     """Both contenders, from the same weights."""
     ours = Transformer(shape)
     initialise_(ours, shape, seed=1234)
@@ -107,9 +105,11 @@ def make_steps(shape: ModelConfig, sequence_length: int, bf16: bool) -> dict[str
     peer = transformers.LlamaForCausalLM._from_config(settings, attn_implementation="sdpa")
     peer.load_state_dict({name: weight.clone() for name, weight in exported.weights.items()})
     options = OptimizerOptions()
-    buffers = FlatBuffers(ours)
+    narrow = torch.bfloat16 if bf16 else None
+    buffers = FlatBuffers(ours, compute_dtype=narrow)
+    engine = Engine({0: ours}, _MESH, micro_batch_size=batch_size, sequence_length=sequence_length, autocast=narrow)
     return {
-        "ours": our_step(TrainState(ours, buffers, Optimizer(buffers, options)), bf16),
+        "ours": our_step(TrainState(engine, buffers, Optimizer(buffers, options))),
         "peer": peer_step(peer.train(), options, bf16),
     }
 
@@ -233,7 +233,7 @@ def main() -> None:
     result = describe(options, shape)
     tokens, flops = options.batch_size * options.sequence_length, flops_per_token(shape, options.sequence_length)
     for precision, bf16 in (("fp32", False), ("bf16_autocast", True)):
-        steps = make_steps(shape, options.sequence_length, bf16)
+        steps = make_steps(shape, options.batch_size, options.sequence_length, bf16)
         data = batches(shape, options.batch_size, options.sequence_length)
         result[precision] = summarise(measure(steps, data, options.repetitions), tokens, flops)
         seconds, ratio = result[precision]["median_cpu_seconds"], result[precision]["ratio"]

@@ -15,10 +15,10 @@ def pieces(named: Iterable[tuple[str, Tensor]]) -> Pieces:
     found: Pieces = []
     for name, tensor in named:
         if not hasattr(tensor, "__create_chunk_list__"):
-            found.append((name, tuple(tensor.shape), (0,) * tensor.dim(), tensor.detach().numpy().copy()))
+            found.append((name, tuple(tensor.shape), (0,) * tensor.dim(), tensor.detach().cpu().numpy().copy()))
             continue
         for offset, part in tensor.chunks():
-            found.append((name, tuple(tensor.shape), tuple(offset), part.detach().numpy().copy()))
+            found.append((name, tuple(tensor.shape), tuple(offset), part.detach().cpu().numpy().copy()))
     return found
 
 

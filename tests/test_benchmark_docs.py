@@ -51,6 +51,49 @@ def checkpoint_table(result: Mapping[str, Any]) -> str:
     return table(*rows)
 
 
+def parallel_seconds(result: Mapping[str, Any]) -> str:
+    peers = ("DDP", "FSDP2", "one process")
+    rows = [("processes", "", "CPU s", "wall s", *(f"of {peer}" for peer in peers))]
+    for ranks, group in result["overhead"]["seconds"].items():
+        for name, figures in group.items():
+            seconds = (f"{figures[f'median_{clock}_seconds']:.3f}" for clock in ("cpu", "wall"))
+            ratios = (f"{figures['ratio'][peer]:.2f}" if peer in figures["ratio"] else "" for peer in peers)
+            rows.append((ranks, name, *seconds, *ratios))
+    return table(*rows)
+
+
+def parallel_bytes(result: Mapping[str, Any]) -> str:
+    rows = [("layout", "along", "MB sent", "closed form, MB", "ratio", "written / needed by gloo")]
+    for name, row in result["bytes"].items():
+        for dimension, counted in row["counted"].items():
+            megabytes = (f"{each / 1e6:.3f}" for each in (counted, row["closed_form"][dimension]))
+            rows.append((name, dimension, *megabytes, f"{row['ratio'][dimension]:.4f}", f"{row['written_ratio']:.4f}"))
+    return table(*rows)
+
+
+def parallel_memory(result: Mapping[str, Any]) -> str:
+    rows = [("processes", "", "fullest rank, MB", "dry run, MB", "ratios of all ranks")]
+    for name, row in result["memory"].items():
+        ranks, fullest = len(row["peak"]), max(row["peak"])
+        told, ratios = "", ""
+        if "told" in row:
+            told = f"{row['told'][row['peak'].index(fullest)] / 1e6:.2f}"
+            ratios = ", ".join(f"{ratio:.3f}" for ratio in sorted(set(row["ratio"])))
+        rows.append((str(ranks), name, f"{fullest / 1e6:.2f}", told, ratios))
+    return table(*rows)
+
+
+def parallel_conditions(result: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    before, after = (result["load_average"][when][0] for when in ("before", "after"))
+    return (
+        f"`{result['command']}`: {result['date']}, {result['device']['cores']} cores, {versions}; "
+        f"{result['rounds']} rounds of {result['updates_a_turn']} updates; losses of the same update differ by at most "
+        f"{result['overhead']['largest_loss_difference_nats']:.1e} nats; load average {before:.2f} before and "
+        f"{after:.2f} after."
+    )
+
+
 def conditions(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     before, after = (result["load_average"][when][0] for when in ("before", "after"))
@@ -66,6 +109,10 @@ QUOTED: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
     ("model_step_cpu", model_step_ratios),
     ("checkpoint_cpu", conditions),
     ("checkpoint_cpu", checkpoint_table),
+    ("parallel", parallel_conditions),
+    ("parallel", parallel_seconds),
+    ("parallel", parallel_bytes),
+    ("parallel", parallel_memory),
 ]
 
 
@@ -80,7 +127,7 @@ def test_the_page_quotes_the_results(name: str, render: Callable[[Mapping[str, A
     assert " ".join(expected.split()) in page, f"docs/benchmarks.md should say:\n\n{expected}\n"
 
 
-@pytest.mark.parametrize("name", ["model_step_cpu", "checkpoint_cpu"])
+@pytest.mark.parametrize("name", ["model_step_cpu", "checkpoint_cpu", "parallel"])
 def test_a_result_says_what_it_compares_and_on_what(name: str) -> None:
     result = read(name)
     assert set(result["compares"]) == {"ours", "peer"}
@@ -105,3 +152,22 @@ def test_the_ratios_are_those_of_the_repetitions() -> None:
         middle = {name: sorted(values)[len(values) // 2] for name, values in figures["cpu_seconds"].items()}
         assert len(figures["cpu_seconds"]["ours"]) == result["repetitions"]
         assert figures["ratio"] == pytest.approx(middle["ours"] / middle["peer"], abs=0.001)
+
+
+def test_parallel_contenders_trained_the_same_model() -> None:
+    assert read("parallel")["overhead"]["largest_loss_difference_nats"] < 1e-5
+
+
+def test_bytes_sent_are_those_of_the_closed_forms_and_of_the_sockets() -> None:
+    for name, row in read("parallel")["bytes"].items():
+        for dimension, ratio in row["ratio"].items():
+            assert ratio == pytest.approx(row["counted"][dimension] / row["closed_form"][dimension], abs=1e-4)
+            assert ratio == pytest.approx(1.0, abs=0.01), (name, dimension)
+            assert row["dry_run"][dimension] == pytest.approx(row["counted"][dimension], rel=0.001), (name, dimension)
+        assert row["written_ratio"] == pytest.approx(1.0, abs=0.01), name
+
+
+def test_memory_of_every_rank_is_what_the_dry_run_tells() -> None:
+    for name, row in read("parallel")["memory"].items():
+        for peak, told in zip(row["peak"], row.get("told", row["peak"]), strict=True):
+            assert told == pytest.approx(peak, rel=0.05), name
