@@ -117,11 +117,17 @@ def start(contender: Contender, work: Work, device: torch.device) -> Running:
     """Build what the contender needs on this rank. Collective."""
     if contender.kind != "ours":
         return Running(_peer_step(contender, work, device), lambda: None, None)
+    state, step, mesh = start_ours(contender, work, device)
+    return Running(step, state.buffers.wait_parameters, mesh)
+
+
+def start_ours(contender: Contender, work: Work, device: torch.device) -> tuple[TrainState, Step, Mesh]:
+    """Our state on this rank, and its step. Collective."""
     job = job_of(contender, work)
     mesh = job_mesh(job, world_of(contender, device))
     state = assemble(job, mesh)
     state.initialise(work.model, SEED)
-    return Running(_our_step(state, mesh), state.buffers.wait_parameters, mesh)
+    return state, _our_step(state, mesh), mesh
 
 
 def _our_step(state: TrainState, mesh: Mesh) -> Step:

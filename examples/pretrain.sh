@@ -25,6 +25,13 @@
 #
 #   MODEL=llama_1.2b GPUS_PER_NODE=8 LAYOUT="--tensor-model-parallel-size 2 --sequence-parallel" \
 #       examples/pretrain.sh runs/1.2b none tokenizer.model data/2022 data/2023 data/2024
+#
+# Long sequences, cut over ranks with all that is computed of them (docs/parallel.md, Context parallel):
+#
+#   MODEL=llama_3.1b GPUS_PER_NODE=8 NUM_NODES=4 NODE_RANK=... MASTER_ADDR=... \
+#   LAYOUT="--tensor-model-parallel-size 4 --sequence-parallel --context-parallel-size 8" \
+#   TRAIN_ARGS="--seq-length 131072 --global-batch-size 8 --rotary-base 500000" \
+#       examples/pretrain.sh runs/long none tokenizer.model data/2022 data/2023 data/2024
 set -euo pipefail
 if (($# < 4)); then
     echo "usage: $0 RUN TENSORBOARD TOKENIZER INCREMENT [INCREMENT ...]" >&2

@@ -103,6 +103,20 @@ def conditions(result: Mapping[str, Any]) -> str:
     )
 
 
+def precision_table(result: Mapping[str, Any]) -> str:
+    rows = [("layout", "fp32: loss, nats", "fp32: parameters", "bf16: loss, nats", "bf16: parameters")]
+    for name, wide in result["apart"]["fp32"].items():
+        narrow = result["apart"]["bf16"][name]
+        figures = (wide["loss_nats"], wide["parameter"], narrow["loss_nats"], narrow["parameter"])
+        rows.append((name, *(f"{figure:.1e}" for figure in figures)))
+    return table(*rows)
+
+
+def precision_of_bf16(result: Mapping[str, Any]) -> str:
+    own = result["apart"]["bf16"]["1x1x1 beside fp32"]
+    return f"bf16 on one process parts from fp32 by {own['loss_nats']:.1e} nats and {own['parameter']:.1e}"
+
+
 QUOTED: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
     ("model_step_cpu", conditions),
     ("model_step_cpu", model_step_table),
@@ -113,6 +127,8 @@ QUOTED: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
     ("parallel", parallel_seconds),
     ("parallel", parallel_bytes),
     ("parallel", parallel_memory),
+    ("layout_precision", precision_table),
+    ("layout_precision", precision_of_bf16),
 ]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import adopt_dataset
+import draw_schedule
 import plan_versions
 import report
 import tyro
@@ -85,6 +86,7 @@ class Row:
 COMMANDS = (
     Command("pretrain_gpt.py", Config, paired=True),
     Command("tools/plan_versions.py", plan_versions.Arguments),
+    Command("tools/draw_schedule.py", draw_schedule.Arguments),
     Command("tools/preprocess_data.py", PreprocessOptions),
     Command("tools/adopt_dataset.py", adopt_dataset.AdoptOptions),
     Command("tools/split_increments.py", SplitOptions),

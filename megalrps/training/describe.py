@@ -117,7 +117,8 @@ def _table_of_ranks(job: Job) -> list[str]:
     """A line for each kind of rank: what it holds, and what it sends."""
     from megalrps.training.dry_run import kinds_of_ranks
 
-    several = [name for name in DIMENSIONS if getattr(job.layout, name) > 1]
+    sizes = asdict(job.layout)
+    several = [name for name in DIMENSIONS if sizes[name] > 1 or (name == "dp" and sizes["cp"] > 1)]
     rows = [("rank", *_HEADINGS, *(f"sent {name}" for name in several))]
     for report in kinds_of_ranks(job):
         place = "  ".join(f"{name} {getattr(report.coordinates, name)}" for name in ("pp", "cp") if name in several)

@@ -19,7 +19,7 @@ class TrainingOptions:
     """Samples of one optimizer update, over all ranks."""
 
     micro_batch_size: int | None = None
-    """Samples of one forward and backward pass on one rank; unset: the rank's whole share in one pass."""
+    """Samples of one pass on one rank; unset: the rank's whole share, or what of it keeps a pipeline busy."""
 
     bf16: bool = False
     """Compute in bfloat16 over fp32 masters of the parameters; off, and without --fp16: fp32 throughout."""

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megalrps.checkpoint.lineage import Lineage, read_lineage
 from megalrps.checkpoint.names import checkpoint_name
 from megalrps.checkpoint.record import CheckpointRecord
 from megalrps.checkpoint.store import Store
 from megalrps.config import Config
-from megalrps.data.permutation import IMPLEMENTATION
+from megalrps.data import permutation
+from megalrps.errors import InputError
 from megalrps.files import write_json, write_text
 from megalrps.fingerprint import fingerprint
+from megalrps.kernels import adamw
 from megalrps.parallel.mesh import Mesh
 from megalrps.parallel.world import World
 from megalrps.paths.cost import cost_steps
@@ -27,10 +31,8 @@ from megalrps.training.prepare import Job, prepare
 from megalrps.training.run_directory import RunDirectory
 from megalrps.training.state import TrainState
 
-_IMPLEMENTATIONS = {
-    "native": "native code",
-    "numpy": "numpy (megalrps._native is not built: python setup.py build_ext --inplace, with a C++20 compiler)",
-}
+_UNBUILT = "megalrps._native is not built: python setup.py build_ext --inplace, with a C++20 compiler"
+_IMPLEMENTATIONS = {"native": "native code", "numpy": f"numpy ({_UNBUILT})", "torch": f"torch ({_UNBUILT})"}
 
 
 @dataclass
@@ -127,6 +129,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     with ExitStack() as stack:
         job = world.together(lambda: prepare(config, world.size))
         world.agree(difference_between_ranks(world.gathered(identity(job))))
+        world.together(lambda: _check_backend(job, world))
         directory = RunDirectory(Path(str(config.checkpoint.save)))
         world.decided(lambda: _take_hold(directory, stack))
         store = Store(directory.checkpoints, world.group)
@@ -135,6 +138,15 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         world.together(lambda: check_continuation(lineage, job, directory.root))
         mesh = job_mesh(job, world, timedelta(minutes=config.runtime.distributed_timeout_minutes))
         yield world.together(lambda: _opened(job, world, mesh, directory, store, lineage, stack))
+
+
+def _check_backend(job: Job, world: World) -> None:
+    """Raise InputError where the ranks cannot exchange what the layout asks for."""
+    if job.layout.pp > 1 and world.device.type == "cuda" and dist.get_backend(world.group) == "gloo":
+        raise InputError(
+            "--distributed-backend gloo passes no tensors of a GPU from one pipeline stage to the next: use nccl, or "
+            "leave --pipeline-model-parallel-size out"
+        )
 
 
 def _take_hold(directory: RunDirectory, stack: ExitStack) -> None:
@@ -155,12 +167,19 @@ def _opened(
     log = stack.enter_context(Log(job.config.logging, speaks=world.is_first, total_steps=total, done_steps=done))
     log.say(describe_size(job))
     log.say(f"run         {directory.root}: {done:,} of {total:,} steps done")
-    log.say(f"samples     in the order computed by {_IMPLEMENTATIONS[IMPLEMENTATION]}")
+    log.say(f"samples     in the order computed by {_IMPLEMENTATIONS[permutation.IMPLEMENTATION]}")
+    log.say(f"optimizer   AdamW by {_adamw(job, world)}")
     for reason in lineage.refused.values():
         log.say(f"not used: {reason}")
     if metrics is not None and metrics.dropped:
         log.say(f"dropped {metrics.dropped} lines of metrics that no checkpoint covers: those steps are done again")
     return Run(job, world, mesh, directory, store, lineage, assemble(job, mesh), metrics, log)
+
+
+def _adamw(job: Job, world: World) -> str:
+    """What updates the parameters, where the optimizer's state lies."""
+    on_host = world.device.type == "cpu" or job.config.parallel.optimizer_cpu_offload
+    return _IMPLEMENTATIONS[adamw.IMPLEMENTATION] if on_host else "torch"
 
 
 def _finished(lineage: Lineage, job: Job, segment: Segment) -> str | None:

@@ -32,7 +32,7 @@ DATA = (
     Case(dp=4, adamw=False, sharding="no_shard"),
     Case(dp=4, bucket=1000, sharding="optim"),
     Case(dp=4, bucket=1000, micro_batch=1, sharding="optim_grads", adamw=False),
-    Case(dp=8, bucket=1, overlap=False),
+    Case(dp=8, overlap=False, adamw=False),
 )
 PIPELINE = (
     Case(pp=2, schedule="gpipe"),
@@ -54,8 +54,7 @@ CONTEXT = (
 )
 PRODUCTS = (
     Case(tp=2, pp=2, dp=2, sequence_parallel=True),
-    Case(tp=2, pp=2, dp=2, sequence_parallel=True, schedule="interleaved", layers=4, tied=True, adamw=False),
-    Case(tp=2, pp=2, dp=2, sequence_parallel=True, schedule="zbv", layers=4, groups=1, adamw=False),
+    Case(tp=2, pp=2, sequence_parallel=True, schedule="interleaved", layers=4, tied=True, micro_batch=2, adamw=False),
     Case(tp=2, pp=2, dp=2, sequence_parallel=True, schedule="dualpipev", layers=4, tied=True, micro_batch=1),
     Case(tp=2, pp=2, cp=2, layers=2, tied=True),
     Case(pp=2, cp=2, dp=2, schedule="zbv", layers=4, sharding="optim_grads", bucket=1000),
@@ -67,6 +66,8 @@ PRODUCTS = (
         sequence_parallel=True,
         schedule="zbv",
         layers=5,
+        groups=1,
+        adamw=False,
         sharding="optim_grads",
         activations=ActivationOptions(recompute_granularity="full", recompute_method="block", recompute_num_layers=1),
     ),

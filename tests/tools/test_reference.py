@@ -61,7 +61,8 @@ def test_the_flags_are_those_of_the_help(program: str) -> None:
     assert flags_of_help(result.stdout) == flags_of_tables(section(program)) != set()
 
 
-OTHERS_FLAGS = {"--nproc-per-node", "--nodes", "--constraint"}  # torchrun's, sbatch's, pip's
+TORCHRUNS_FLAGS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--rdzv-backend", "--max-restarts"}
+OTHERS_FLAGS = TORCHRUNS_FLAGS | {"--nodes", "--constraint"}  # sbatch's, pip's
 UNCHECKED = {PAGE, PAGE.with_name("benchmarks.md"), PAGE.with_name("log.md")}  # benchmarks have options of their own
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(set(PAGE.parent.glob("*.md")) - UNCHECKED)]
 
