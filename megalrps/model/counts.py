@@ -1,11 +1,8 @@
 """Closed forms: parameters, floating-point operations and bytes of a model that need not be built. Imports no torch."""
 
-from math import prod
 from typing import Literal
 
 from megalrps.model.config import ModelConfig
-from megalrps.model.parameters import parameter_specs
-from megalrps.model.sharding import placements
 
 FlopConvention = Literal["full-square", "causal"]
 
@@ -39,12 +36,6 @@ def flops_per_token(config: ModelConfig, sequence_length: int, convention: FlopC
     weights = config.num_layers * layer_matmul_weights(config) + config.vocab_size * config.hidden_size
     square = 12 * config.num_layers * sequence_length * config.query_width
     return 6 * weights + (square if convention == "full-square" else square // 2)
-
-
-def rank_parameter_count(config: ModelConfig, ranks: int) -> int:
-    """Parameters that each of ``ranks`` tensor-parallel ranks holds, whole norms and shared heads included."""
-    held = placements(config, ranks, 0, sequence_parallel=False)
-    return sum(prod(held[name].local_shape(spec.shape)) for name, spec in parameter_specs(config).items())
 
 
 def activation_bytes_per_token(

@@ -33,11 +33,6 @@ class Optimizer:
         """What the loss of the next backward pass is multiplied by; None: nothing, and no step is skipped."""
         return None if self.scale is None else self.scale.value
 
-    @property
-    def skips(self) -> bool:
-        """Whether gradients that are no numbers are a matter of the loss scale, and a step goes on without them."""
-        return self.scale is not None
-
     def step(self, learning_rate: float) -> Tensor:
         """Clip, update every parameter once, and return the gradient norm before clipping (a scalar tensor).
 

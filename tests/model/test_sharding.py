@@ -1,5 +1,6 @@
 """Which part of the model each rank holds: the parts make up the whole, and impossible cuts are named."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from megalrps.errors import InputError
 from megalrps.model.config import ModelConfig
-from megalrps.model.counts import activation_bytes_per_token, parameter_count, rank_parameter_count
+from megalrps.model.counts import activation_bytes_per_token, parameter_count
 from megalrps.model.initialisation import initial_value
 from megalrps.model.parameters import parameter_specs
 from megalrps.model.sharding import check_tensor_parallel, key_value_copies, placements
@@ -56,11 +57,16 @@ def test_what_cannot_be_cut_is_refused_by_name(change: dict[str, int], ranks: in
         check_tensor_parallel(replace(CONFIG, **change), ranks)
 
 
+def held_by_a_rank(ranks: int) -> int:
+    lie = placements(CONFIG, ranks, 0, sequence_parallel=False)
+    return sum(math.prod(lie[name].local_shape(spec.shape)) for name, spec in parameter_specs(CONFIG).items())
+
+
 def test_parameters_of_a_rank():
-    assert rank_parameter_count(CONFIG, 1) == parameter_count(CONFIG)
+    assert held_by_a_rank(1) == parameter_count(CONFIG)
     norms, of_one_head = 5 * 16, 2 * 2 * 16 * 2  # the latter: layers x (key and value) x hidden size x head size
     cut = parameter_count(CONFIG) - norms - 2 * of_one_head
-    assert rank_parameter_count(CONFIG, 8) == cut // 8 + norms + of_one_head
+    assert held_by_a_rank(8) == cut // 8 + norms + of_one_head
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -68,7 +74,7 @@ def test_memory_falls_with_the_ranks(sequence_parallel: bool):
     def activations(ranks: int) -> float:
         return activation_bytes_per_token(CONFIG, autocast=False, ranks=ranks, sequence_parallel=sequence_parallel)
 
-    for needed in (activations, lambda ranks: rank_parameter_count(CONFIG, ranks)):
+    for needed in (activations, held_by_a_rank):
         sizes = [needed(ranks) for ranks in (1, 2, 4, 8)]
         assert sizes == sorted(sizes, reverse=True)
     if sequence_parallel:
