@@ -1,5 +1,6 @@
 """Numbers that are none stop a run before they are saved; bfloat16 changes what is computed with, not what is kept."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,22 @@ def test_an_infinite_loss_of_one_rank_stops_them_all_at_the_same_update(run_rank
     first, second = run_ranks(2, _rank_trains_on_nothing_at_update_3, command(data, tmp_path / "run"))
     assert first == second and first[0] == 3
     assert "path main, step 3" in first[1]
+
+
+def test_fp16_learns_and_leaves_out_the_updates_that_overflow(data: TinyData, undisturbed: Path, tmp_path: Path):
+    """From a scale that overflows soon: it is halved, the run goes on, and a fork goes on from the main path's."""
+    scale = ("--initial-loss-scale", "1048576", "--hysteresis", "1", "--loss-scale-window", "4")
+    train(command(data, tmp_path / "run", "--fp16", *scale))
+    lines, exact = metrics(tmp_path / "run"), results(undisturbed)["metrics"]
+    skipped = [place for place, line in enumerate(lines) if line["grad_norm"] is None]
+    assert 0 < len(skipped) < len(lines) / 2
+    assert all(lines[place + 1]["loss_scale"] == lines[place]["loss_scale"] / 2 for place in skipped)
+    assert any(later["loss_scale"] == 2 * line["loss_scale"] for line, later in itertools.pairwise(lines))
+    assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
+    assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-3)
+    assert tensors(tmp_path / "run", "v3-00000028")["optimizer.updates"] < 28
+    branch, main = (next(x for x in lines if (x["path"], x["step"]) == (path, 5)) for path in ("v1", "main"))
+    assert (branch["loss_scale"], branch["grad_norm"]) == (main["loss_scale"], main["grad_norm"])
 
 
 def test_bf16_learns_and_keeps_fp32_weights(data: TinyData, undisturbed: Path, tmp_path: Path):
