@@ -54,13 +54,18 @@ def test_text_becomes_an_increment_that_opens(folder: Path) -> None:
     assert first.train.documents + first.valid.documents + second.train.documents + second.valid.documents == 400
 
 
+def cpu_seconds(tool: str, arguments: list[object]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = run(tool, *arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == 0 and "up to date" in process.stdout
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_nothing_to_do_costs_half_a_second_at_most(folder: Path) -> None:
+    """The least of three: other work on the machine makes even CPU seconds more."""
     for tool, arguments in (("train_tokenizer", training(folder)), ("preprocess_data", preprocessing(folder))):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        process = run(tool, *arguments)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert process.returncode == 0 and "up to date" in process.stdout
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+        assert min(cpu_seconds(tool, arguments) for _ in range(3)) < 0.5
 
 
 def test_an_error_is_one_line_and_status_two(folder: Path) -> None:
