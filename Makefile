@@ -23,7 +23,7 @@ compare: setup  ## train the same increments by ptfs, cpt and lrps and print per
 	@PATH="$(BIN):$$PATH" examples/compare.sh
 
 test: dev  ## the test suite (CPU; what needs a GPU is skipped and says so)
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: dev  ## style, types and the floors of the house
 	@$(BIN)/ruff check .
