@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor
 from torch import Tensor
 
 from megalrps.kernels.adamw import IMPLEMENTATION, adamw_, adamw_reference_
@@ -124,15 +125,6 @@ def summarise(times: dict[str, list[float]], elements: int) -> dict[str, Any]:
         "ratio": {name: round(medians["native"] / medians[name], 3) for name in times if name.startswith("torch_")},
         "seconds": {name: [round(value, 4) for value in of] for name, of in times.items()},
     }
-
-
-def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _load() -> list[float]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from parallel import processor
+from machine import processor
 from parallel_contenders import Contender, Work, contenders, start_ours
 from rank_processes import on_ranks
 

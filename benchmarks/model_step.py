@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from machine import processor
 from torch import Tensor, nn
 
 from megalrps.model.config import ModelConfig
@@ -170,15 +171,6 @@ def summarise(measured: dict[str, Any], tokens: int, flops: int) -> dict[str, An
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in values.items()}
-
-
-def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _load() -> list[float]:

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor
 from parallel_contenders import Contender, Work, contenders, job_of, with_memory_in_mind
 from parallel_measures import Held, Sent, Timed, held, sent, times
 from rank_processes import on_ranks
@@ -156,15 +157,6 @@ def memory(group: Sequence[Contender], work: Work) -> dict[str, Any]:
                 "ratio": [round(tells / peak, 4) for tells, peak in zip(expected, peaks, strict=True)],
             }
     return rows
-
-
-def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _load() -> list[float]:
