@@ -2,9 +2,9 @@
 
 #include <cstddef>
 
-namespace megalrps {
+#include "numbers.h"
 
-enum class FloatType { none, float32, float64, bfloat16, float16 };
+namespace megalrps {
 
 // What an update reads and writes: flat memory of `elements` numbers each, no two overlapping.
 struct AdamwMemory {
@@ -31,14 +31,9 @@ struct AdamwFactors {
     double update_size;       // learning_rate * sqrt(1 - beta2^step) / (1 - beta1^step)
 };
 
-enum class Instructions { best, baseline, avx2 };
-
-// Whether this processor and this build have the AVX2 code.
-bool has_avx2();
-
 // One AdamW update. Threads beyond one per 2^20 elements are not started. The bits written depend on neither `threads`
-// nor `instructions` nor where the memory starts. Throws std::invalid_argument for other types and for instructions that
-// are not there.
+// nor `instructions` nor where the memory starts. Throws std::invalid_argument for other types and for instructions
+// that are not there.
 void adamw(const AdamwMemory& memory, const AdamwFactors& factors, int threads, Instructions instructions);
 
 }  // namespace megalrps

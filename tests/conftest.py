@@ -6,6 +6,7 @@ from typing import Any
 import distributed_harness
 import pytest
 import torch
+import triton_interpreter  # noqa: F401 - it must come before any kernel
 
 
 @pytest.fixture
