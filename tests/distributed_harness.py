@@ -23,7 +23,12 @@ _PRELOADED = [
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
+    "torch._dynamo",  # what recomputation imports when it is first used: two seconds of every rank otherwise
+    "tyro",  # likewise the command line
+    "unittest.mock",
     "megalrps.evaluation.releases",  # and with it all that a launch needs
+    "megalrps.evaluation.report",  # but this, which a run imports at its end and the tests of layouts at once
+    "megalrps.training.loop",
 ]
 _SECONDS_TO_FOLLOW = 10.0  # how long the peers of a failed rank may take to notice, before they are killed
 

@@ -1,19 +1,23 @@
 """Every YAML of examples/ plans what it says, the launch scripts really train, and the snippets of the pages run."""
 
+import io
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from node_launches import Ended, free_port, launch_nodes
+from tiny_job import launch as launch_entry
 
 from megalrps.data.increment import open_increment
 from megalrps.data.indexed import IndexedDatasetWriter
@@ -80,25 +84,25 @@ def held_out_of(*increments: str) -> list[str]:
     return [increment.replace("_text_document", "_held_out_text_document") for increment in increments]
 
 
-def dry_run(config: Path, *arguments: str) -> dict:
-    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), "--config", str(config), "--dry-run", "--json"]
-    result = subprocess.run([*command, *arguments], capture_output=True, encoding="utf-8", check=False)
-    assert (result.returncode, result.stderr) == (0, "")
-    return json.loads(result.stdout)
+def dry_run(*arguments: str) -> dict:
+    """What the entry prints of a job as JSON."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = launch_entry([*arguments, "--dry-run", "--json"])
+    assert (status, err.getvalue()) == (0, "")
+    return json.loads(out.getvalue())
 
 
 @pytest.fixture(scope="session")
 def planned(increments: tuple[str, ...]) -> dict[tuple[Path, str | None], dict]:
-    """What a dry run prints of every YAML, by itself and at every launch that its head names; two at a time."""
-    wanted = [*((config, None) for config in YAMLS), *LAUNCHES]
-
-    def printed(config: Path, launch: str | None) -> dict:
+    """What a dry run prints of every YAML, by itself and at every launch that its head names."""
+    printed = {}
+    for config, launch in [*((config, None) for config in YAMLS), *LAUNCHES]:
         ranks, _, _, flags = LAUNCH.fullmatch(launch).groups() if launch else ("1", "", "", "")
         steps = ("--increment-steps", "10000", "10000", "10000", "10000")
-        return dry_run(config, "--increments", *increments, *steps, "--world-size", ranks, *flags.split())
-
-    with ThreadPoolExecutor(max_workers=2) as two:
-        return dict(zip(wanted, two.map(lambda each: printed(*each), wanted), strict=True))
+        job = ("--config", str(config), "--increments", *increments, *steps)
+        printed[config, launch] = dry_run(*job, "--world-size", ranks, *flags.split())
+    return printed
 
 
 def fullest(printed: dict) -> dict:
@@ -161,17 +165,13 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
 
 
 def toy_environment(**more: str) -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port, **more}
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **more}
 
 
-def launch(*command: str | Path, environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command], env=environment, cwd=folder, capture_output=True, encoding="utf-8", check=False
-    )
+def launch(*command: str | Path, environment: dict[str, str], folder: Path) -> Ended:
+    (ended,) = launch_nodes(*command, environments=[environment], folder=folder)
+    return ended
 
 
 def steps_of(run: Path) -> list[tuple[str, int]]:
@@ -190,49 +190,84 @@ MEETINGS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("meeting", "layout"),
-    [("by node rank", "--context-parallel-size 2"), ("by rendezvous", "--pipeline-model-parallel-size 2")],
-)
-def test_pretrain_trains_on_two_nodes_and_the_same_command_finds_it_done(
-    toy_data: tuple[str, str, str], tmp_path: Path, meeting: str, layout: str
-) -> None:
+LAYOUTS = {"by node rank": "--context-parallel-size 2", "by rendezvous": "--pipeline-model-parallel-size 2"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What ``command`` has left in ``folder``, started on two nodes, and what these printed."""
+
+    command: list[str]
+    environment: dict[str, str]
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def trained_on_two_nodes(
+    toy_data: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Trained]:
+    """By how the nodes meet, each trained once."""
     tokenizer, old, new = toy_data
-    environment = toy_environment(TRAIN_ARGS=TOY, HELD_OUT=" ".join(held_out_of(old, new)))
     command = [str(part) for part in (EXAMPLES / "pretrain.sh", "RUN", "none", tokenizer, old, new)]
-    first, other = (
-        environment | {"NUM_NODES": "2", "LAYOUT": layout} | MEETINGS[meeting](node, environment["MASTER_PORT"])
-        for node in (0, 1)
-    )
-    with subprocess.Popen(command, env=other, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as second:
-        result = launch(*command, environment=first, folder=tmp_path)
-        printed = result.stdout + second.communicate()[0]
-    assert (result.returncode, second.returncode) == (0, 0), result.stderr
-    assert "ranks: 2" in printed
-    assert steps_of(tmp_path / "RUN") == EXPECTED
-    summary = json.loads((tmp_path / "RUN" / "summary.json").read_text())
+
+    @cache
+    def train(meeting: str) -> Trained:
+        environment, folder = toy_environment(TRAIN_ARGS=TOY), tmp_path_factory.mktemp("nodes")
+        environment["HELD_OUT"] = " ".join(held_out_of(old, new))
+        of_all = environment | {"NUM_NODES": "2", "LAYOUT": LAYOUTS[meeting]}
+        of_each = [of_all | MEETINGS[meeting](node, environment["MASTER_PORT"]) for node in (0, 1)]
+        nodes = launch_nodes(*command, environments=of_each, folder=folder)
+        assert [node.returncode for node in nodes] == [0, 0], "\n".join(node.stderr for node in nodes)
+        return Trained(command, environment, folder, "".join(node.stdout for node in nodes))
+
+    return train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meeting", MEETINGS)
+def test_pretrain_trains_on_two_nodes(trained_on_two_nodes: Callable[[str], Trained], meeting: str) -> None:
+    trained = trained_on_two_nodes(meeting)
+    assert "ranks: 2" in trained.printed
+    assert steps_of(trained.folder / "RUN") == EXPECTED
+    summary = json.loads((trained.folder / "RUN" / "summary.json").read_text())
     assert [release["name"] for release in summary["releases"]] == ["v1", "v2"]
     assert all(list(release["perplexity"]) == ["old", "new"] for release in summary["releases"])
-    again = launch(*command, environment=environment, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_same_command_on_one_node_finds_all_done(trained_on_two_nodes: Callable[[str], Trained]) -> None:
+    trained = trained_on_two_nodes("by node rank")
+    again = launch(*trained.command, environment=trained.environment, folder=trained.folder)
     assert again.returncode == 0, again.stderr
     assert "13 of 13 steps done" in again.stdout
-    assert steps_of(tmp_path / "RUN") == EXPECTED
+    assert steps_of(trained.folder / "RUN") == EXPECTED
+
+
+def handed_on(*arguments: str, folder: Path, environment: dict[str, str]) -> list[str]:
+    """What pretrain.sh has torchrun give the entry: the torchrun is a script that prints what it is given."""
+    torchrun = folder / "bin" / "torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\"\n")
+    torchrun.chmod(0o755)
+    environment = environment | {"PATH": f"{torchrun.parent}:{environment['PATH']}"}
+    ended = launch(EXAMPLES / "pretrain.sh", *arguments, environment=environment, folder=folder)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    words = ended.stdout.split("\0")[:-1]
+    return words[words.index(str(ROOT / "pretrain_gpt.py")) + 1 :]
 
 
 @pytest.mark.parametrize("config", FULL_SIZE, ids=lambda path: path.stem)
-def test_pretrain_hands_model_and_layout_on(toy_data: tuple[str, str, str], tmp_path: Path, config: Path) -> None:
-    tokenizer, old, new = toy_data
+def test_pretrain_hands_model_and_layout_on(
+    toy_data: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Path
+) -> None:
     environment = toy_environment(
         MODEL=config.stem,
         LAYOUT="--tensor-model-parallel-size 2 --sequence-parallel",
-        TRAIN_ARGS="--increment-steps 10000 10000 --dry-run --world-size 8 --json",
+        TRAIN_ARGS="--increment-steps 10000 10000 --world-size 8",
     )
-    result = launch(
-        EXAMPLES / "pretrain.sh", "RUN", "none", tokenizer, old, new, environment=environment, folder=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    printed = json.loads(result.stdout)
+    monkeypatch.chdir(tmp_path)
+    printed = dry_run(*handed_on("RUN", "none", *toy_data, folder=tmp_path, environment=environment))
     hidden_size = {"llama_203m": 896, "llama_1.2b": 2048, "llama_3.1b": 2560}[config.stem]
     assert printed["config"]["model"]["hidden_size"] == hidden_size
     assert (printed["layout"]["tp"], printed["layout"]["dp"]) == (2, 4)
@@ -251,16 +286,21 @@ def test_pretrain_without_its_arguments_says_which(tmp_path: Path) -> None:
     assert "RUN TENSORBOARD TOKENIZER INCREMENT" in result.stderr
 
 
+# Like Slurm's: what one node prints, all of them print; with --kill-on-bad-exit=1 none outlives one that has failed.
 SRUN = """
+[[ $1 == --kill-on-bad-exit=1 ]]
 shift
-SLURM_NODEID=1 "$@" > /dev/null &
-SLURM_NODEID=0 "$@"
-wait $!
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" &
+done
+for node in 0 1; do
+    wait -n || { status=$?; jobs -rp | xargs -r kill -KILL; exit $status; }
+done
 """
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def slurm(tmp_path: Path) -> Callable[..., Ended]:
     """Run slurm.sbatch on two nodes of a Slurm that is two scripts: no more of it can be had in a test."""
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -268,11 +308,12 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         (commands / name).write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
         (commands / name).chmod(0o755)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str) -> Ended:
         environment = toy_environment(
             SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1",
         )  # fmt: skip
-        environment |= {"SLURM_JOB_ID": environment["MASTER_PORT"], "PATH": f"{commands}:{environment['PATH']}"}
+        port = int(environment["MASTER_PORT"])  # as the script makes it of the job's number
+        environment |= {"SLURM_JOB_ID": f"{1230000 + port % 10000}", "PATH": f"{commands}:{environment['PATH']}"}
         return launch("bash", EXAMPLES / "slurm.sbatch", *arguments, environment=environment, folder=tmp_path)
 
     return run
@@ -280,7 +321,7 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.mark.slow
 def test_a_slurm_job_that_is_queued_again_goes_on(
-    slurm: Callable[..., subprocess.CompletedProcess[str]], toy_data: tuple[str, str, str], tmp_path: Path
+    slurm: Callable[..., Ended], toy_data: tuple[str, str, str], tmp_path: Path
 ) -> None:
     _, old, new = toy_data
     run = tmp_path / "run"

@@ -104,10 +104,14 @@ class Bucket:
     def runs(self, flat: Tensor) -> Iterator[tuple[Slice, int, Tensor]]:
         """Of ``flat``, laid out like the shard: each parameter, the element of it that is held first, and the run."""
         for piece in self.slices:
-            end = piece.offset + piece.shape.numel()
-            start = min(max(piece.offset, self.shard.start), self.shard.stop)
-            stop = max(start, min(end, self.shard.stop))
-            yield piece, start - piece.offset, flat[start - self.shard.start : stop - self.shard.start]
+            yield piece, *self.run(piece, flat)
+
+    def run(self, piece: Slice, flat: Tensor) -> tuple[int, Tensor]:
+        """Of ``flat``, laid out like the shard: the element of ``piece`` that is held first, and the run."""
+        end = piece.offset + piece.shape.numel()
+        start = min(max(piece.offset, self.shard.start), self.shard.stop)
+        stop = max(start, min(end, self.shard.stop))
+        return start - piece.offset, flat[start - self.shard.start : stop - self.shard.start]
 
 
 def cut_into_buckets(
@@ -197,8 +201,9 @@ def make_bucket(
 
 def fill(bucket: Bucket, name: str, value: Tensor) -> None:
     """Set the masters of the parameter ``name``, as far as this rank's shard has it, to its part of the model."""
-    for piece, start, run in bucket.runs(bucket.master):
+    for piece in bucket.slices:
         if piece.name == name:
+            start, run = bucket.run(piece, bucket.master)
             run.copy_(value.detach().flatten()[start : start + run.numel()])
 
 

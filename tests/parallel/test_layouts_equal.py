@@ -72,7 +72,15 @@ PRODUCTS = (
         activations=ActivationOptions(recompute_granularity="full", recompute_method="block", recompute_num_layers=1),
     ),
 )
-CASES = TENSOR + DATA + PIPELINE + CONTEXT + PRODUCTS
+FEWER = 5
+"""Updates of all cases but the first of each kind: what a first update leaves behind (moments, weights that were
+gathered, deferred products) is in the gradients and the norm of the second and in the parameters of the third.
+"""
+CASES = tuple(
+    case if place == 0 else replace(case, updates=FEWER)
+    for kind in (TENSOR, DATA, PIPELINE, CONTEXT, PRODUCTS)
+    for place, case in enumerate(kind)
+)
 
 
 @cache

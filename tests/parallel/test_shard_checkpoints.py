@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -99,6 +100,9 @@ def _rank_saves(rank: int, case: Case, directory: Path) -> int:
 
 def _rank_loads(rank: int, case: Case, directory: Path) -> list[str]:
     tensors = tensors_of(case)
+    for tensor in tensors.values():
+        for _, part in chunks_of(tensor):
+            part.fill_(-1)  # which no tensor holds
     Store(directory).load("saved", tensors)
     return [
         name
@@ -108,6 +112,7 @@ def _rank_loads(rank: int, case: Case, directory: Path) -> list[str]:
     ]
 
 
+SAVED = (Case(dp=4), Case(dp=4, bucket=1), Case(tp=2, dp=2), Case(tp=2, dp=2, bucket=1), Case())
 LAYOUTS = (
     Case(),
     Case(dp=2),
@@ -121,21 +126,55 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.parametrize(
-    "saved",
-    [Case(dp=4), Case(dp=4, bucket=1), Case(tp=2, dp=2), Case(tp=2, dp=2, bucket=1), Case()],
-    ids=str,
-)
-def test_every_layout_loads_what_another_saved(run_ranks, tmp_path: Path, saved: Case):
-    held = (
-        run_ranks(saved.ranks, _rank_saves, saved, tmp_path)
-        if saved.ranks > 1
-        else run_ranks(1, _rank_saves, saved, tmp_path)
-    )
+def by_ranks(cases: tuple[Case, ...]) -> list[tuple[Case, ...]]:
+    """The cases that one launch can serve, one after the other."""
+    return [tuple(case for case in cases if case.ranks == ranks) for ranks in sorted({case.ranks for case in cases})]
+
+
+def _rank_saves_all(rank: int, cases: tuple[Case, ...], directory: Path) -> dict[Case, int]:
+    return {case: _rank_saves(rank, case, directory / str(SAVED.index(case))) for case in cases}
+
+
+def _rank_loads_all(rank: int, cases: tuple[Case, ...], directory: Path) -> dict[tuple[Case, Case], list[str]]:
+    return {
+        (saved, case): _rank_loads(rank, case, directory / str(place))
+        for case in cases
+        for place, saved in enumerate(SAVED)
+    }
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Case, int]]:
+    """Where every case of SAVED lies, and how many elements its ranks wrote."""
+    directory = tmp_path_factory.mktemp("saved")
+    written: dict[Case, int] = {}
+    for cases in by_ranks(SAVED):
+        told = run_ranks(directory / f"rendezvous{cases[0].ranks}", cases[0].ranks, _rank_saves_all, cases, directory)
+        written |= {case: sum(of_rank[case] for of_rank in told) for case in cases}
+    return directory, written
+
+
+@pytest.fixture(scope="module")
+def lost(
+    stores: tuple[Path, dict[Case, int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[Case, Case], list[list[str]]]:
+    """By what was saved and what loads it: the tensors that each rank did not get back."""
+    found: dict[tuple[Case, Case], list[list[str]]] = {}
+    for cases in by_ranks(LAYOUTS):
+        rendezvous = tmp_path_factory.mktemp("loads") / "rendezvous"
+        told = run_ranks(rendezvous, cases[0].ranks, _rank_loads_all, cases, stores[0])
+        found |= {pair: [of_rank[pair] for of_rank in told] for pair in told[0]}
+    return found
+
+
+@pytest.mark.parametrize("saved", SAVED, ids=str)
+def test_every_layout_loads_what_another_saved(
+    stores: tuple[Path, dict[Case, int]], lost: dict[tuple[Case, Case], list[list[str]]], saved: Case
+):
     if saved.tp == 1:
-        assert sum(held) == sum(torch.Size(shape).numel() for shape, _ in PARAMETERS.values()), "each element once"
-    for layout in LAYOUTS:
-        assert run_ranks(layout.ranks, _rank_loads, layout, tmp_path) == [[]] * layout.ranks, layout
+        whole = sum(torch.Size(shape).numel() for shape, _ in PARAMETERS.values())
+        assert stores[1][saved] == whole, "each element once"
+    assert {layout: lost[saved, layout] for layout in LAYOUTS} == {layout: [[]] * layout.ranks for layout in LAYOUTS}
 
 
 def test_narrow_parameters_save_their_masters_and_bf16_moments_themselves(run_ranks, tmp_path: Path):

@@ -1,7 +1,6 @@
 """The main command at other layouts: the single process's numbers, its checkpoints, and the flags that are refused."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from distributed_harness import run_ranks
 from rank_pieces import Pieces, pieces, together
 from tiny_job import (
     ENTRY,
@@ -17,6 +17,7 @@ from tiny_job import (
     command,
     differing,
     launch,
+    make_data,
     metrics,
     opened,
     results,
@@ -36,7 +37,7 @@ HEADS = ("--num-attention-heads", "4", "--num-query-groups", "2")
 TP2 = ("--tensor-model-parallel-size", "2")
 TP2_SP = (*TP2, "--sequence-parallel")
 TP4_SP = ("--tensor-model-parallel-size", "4", "--sequence-parallel")
-LAST = "v2-00000018"
+LAST = "v2-00000010"
 
 
 def _rank_trains(rank: int, arguments: list[str]) -> None:
@@ -53,9 +54,9 @@ def _rank_loads(rank: int, arguments: list[str], name: str) -> Pieces:
 
 
 @pytest.fixture(scope="module")
-def two(data: TinyData) -> TinyData:
-    """Two increments: forks at 4 and 13, releases at 10 and 18."""
-    return data.first(2)
+def two(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Two increments of few steps: forks at 2 and 7, releases at 5 and 10, 13 steps in all."""
+    return make_data(tmp_path_factory.mktemp("two"), (5, 5))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, two: TinyData) -> Path:
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory, two: TinyData) -> Path:
     """The directory of a run at tp 2 x dp 2; not to be written to."""
-    from distributed_harness import run_ranks
-
     directory = tmp_path_factory.mktemp("cut")
     run_ranks(directory / "rendezvous", 4, _rank_trains, command(two, directory / "run", *HEADS, *TP2_SP))
     return directory / "run"
@@ -165,7 +164,7 @@ def _rank_trains_on_nothing_at_update_3(rank: int, arguments: list[str]) -> tupl
 
 def test_what_is_no_number_on_one_tensor_parallel_rank_stops_them_all(run_ranks, two: TinyData, tmp_path: Path):
     told = run_ranks(4, _rank_trains_on_nothing_at_update_3, command(two, tmp_path / "run", *HEADS, *TP2))
-    assert told == [(3, "path main, step 3")] * 4
+    assert told == [(3, "path v1, step 3")] * 4
 
 
 def test_what_is_no_number_on_the_last_stage_stops_the_first_too(run_ranks, two: TinyData, tmp_path: Path):
@@ -183,32 +182,47 @@ def _rank_opens(rank: int, arguments: list[str]) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "flags", "named"),
-    [
-        (2, ("--tensor-model-parallel-size", "3"), "--tensor-model-parallel-size 3 does not divide the 2 ranks"),
-        (2, (*TP2, "--num-attention-heads", "1"), "--tensor-model-parallel-size 2 does not divide --num-attention-h"),
-        (2, (*TP2_SP, "--seq-length", "15"), "--tensor-model-parallel-size 2 cut --seq-length 15 into 2"),
-        (2, (*TP2, "--ffn-hidden-size", "63"), "does not divide --ffn-hidden-size 63"),
-        (4, (*TP2, "--global-batch-size", "3"), "not a multiple of the 2 data-parallel ranks"),
-        (2, (*TP2, "--world-size", "2"), "--world-size is for --dry-run"),
-        (2, (*PP2, "--num-layers", "1"), "--num-layers 1 cannot fill 2 pipeline stages"),
-        (2, (*PP2, "--micro-batch-size", "8"), "--pipeline-schedule 1f1b cannot run 1 micro-batches a step over 2"),
-        (2, (*PP2, "--pipeline-schedule", "dualpipev", "--micro-batch-size", "4"), "cannot run 2 micro-batches"),
-        (2, (*PP2, "--num-virtual-stages-per-pipeline-rank", "2"), "--pipeline-schedule 1f1b takes exactly 1"),
-        (2, (*PP2, "--pipeline-model-parallel-layout", "Et|L"), "spells 1 layers, --num-layers is 2"),
-        (2, (*CP2, "--seq-length", "18"), "--context-parallel-size 2 cut --seq-length 18 into 4 unequal parts"),
-        (3, CP2, "--context-parallel-size 2 does not divide the 3 ranks"),
-        (2, ("--bf16", "--fp16"), "--bf16 and --fp16"),
-        (2, ("--recompute-granularity", "full"), "--recompute-method"),
-    ],
+REFUSALS: tuple[tuple[int, tuple[str, ...], str], ...] = (
+    (2, ("--tensor-model-parallel-size", "3"), "--tensor-model-parallel-size 3 does not divide the 2 ranks"),
+    (2, (*TP2, "--num-attention-heads", "1"), "--tensor-model-parallel-size 2 does not divide --num-attention-h"),
+    (2, (*TP2_SP, "--seq-length", "15"), "--tensor-model-parallel-size 2 cut --seq-length 15 into 2"),
+    (2, (*TP2, "--ffn-hidden-size", "63"), "does not divide --ffn-hidden-size 63"),
+    (4, (*TP2, "--global-batch-size", "3"), "not a multiple of the 2 data-parallel ranks"),
+    (2, (*TP2, "--world-size", "2"), "--world-size is for --dry-run"),
+    (2, (*PP2, "--num-layers", "1"), "--num-layers 1 cannot fill 2 pipeline stages"),
+    (2, (*PP2, "--micro-batch-size", "8"), "--pipeline-schedule 1f1b cannot run 1 micro-batches a step over 2"),
+    (2, (*PP2, "--pipeline-schedule", "dualpipev", "--micro-batch-size", "4"), "cannot run 2 micro-batches"),
+    (2, (*PP2, "--num-virtual-stages-per-pipeline-rank", "2"), "--pipeline-schedule 1f1b takes exactly 1"),
+    (2, (*PP2, "--pipeline-model-parallel-layout", "Et|L"), "spells 1 layers, --num-layers is 2"),
+    (2, (*CP2, "--seq-length", "18"), "--context-parallel-size 2 cut --seq-length 18 into 4 unequal parts"),
+    (3, CP2, "--context-parallel-size 2 does not divide the 3 ranks"),
+    (2, ("--bf16", "--fp16"), "--bf16 and --fp16"),
+    (2, ("--recompute-granularity", "full"), "--recompute-method"),
 )
+
+
+def _rank_opens_each(rank: int, commands: list[list[str]]) -> list[str]:
+    return [_rank_opens(rank, arguments) for arguments in commands]
+
+
+@pytest.fixture(scope="module")
+def refused(two: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, tuple[str, ...]], list[str]]:
+    """What every rank of a launch is told, by its ranks and flags; one launch of so many ranks asks for all."""
+    place, told = tmp_path_factory.mktemp("refused"), {}
+    for ranks in {ranks for ranks, _, _ in REFUSALS}:
+        of_these = [flags for count, flags, _ in REFUSALS if count == ranks]
+        commands = [command(two, place / f"run{ranks}-{at}", *flags) for at, flags in enumerate(of_these)]
+        by_rank = run_ranks(place / f"rendezvous{ranks}", ranks, _rank_opens_each, commands)
+        told |= {(ranks, flags): [of_rank[at] for of_rank in by_rank] for at, flags in enumerate(of_these)}
+    assert not list(place.glob("run*")), "a refused launch has written something"
+    return told
+
+
+@pytest.mark.parametrize(("ranks", "flags", "named"), REFUSALS)
 def test_what_cannot_be_cut_is_refused_by_all_ranks_before_anything_is_written(
-    run_ranks, two: TinyData, tmp_path: Path, ranks: int, flags: Sequence[str], named: str
+    refused: dict[tuple[int, tuple[str, ...]], list[str]], ranks: int, flags: tuple[str, ...], named: str
 ):
-    for told in run_ranks(ranks, _rank_opens, command(two, tmp_path / "run", *flags)):
-        assert named in told
-    assert not (tmp_path / "run").exists()
+    assert [named in told for told in refused[ranks, flags]] == [True] * ranks
 
 
 def described(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

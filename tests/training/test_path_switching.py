@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny_job import ALONE, TinyData, checkpoints, command, differing, opened, tensors, world_of_harness
+from tiny_job import ALONE, TinyData, checkpoints, command, differing, make_data, opened, tensors, world_of_harness
 
 from megalrps.parallel.world import World
 from megalrps.paths import paradigms
@@ -57,8 +57,8 @@ def _rank_trains(rank: int, jobs: list[tuple[list[str], Planner | None]]) -> Non
         train_by(planner, arguments, world_of_harness()) if planner else train(arguments, world_of_harness())
 
 
-def check_forks(switching: Path, straight: Path) -> None:
-    for fork in ("main-00000004", "main-00000013", "main-00000022"):
+def check_forks(switching: Path, straight: Path, steps: tuple[int, ...] = (4, 13, 22)) -> None:
+    for fork in (f"main-{step:08d}" for step in steps):
         found = tensors(switching, fork)
         assert differing(found, tensors(straight, fork)) == [], f"{fork} remembers a branch"
         assert any(name.startswith("optimizer.exp_avg_sq.") for name in found)
@@ -70,7 +70,7 @@ def test_branches_leave_no_trace_on_the_main_path(data: TinyData, undisturbed: P
 
 
 TENSOR = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
-PIPELINE = ("--pipeline-model-parallel-size", "2")
+PIPELINE = ("--pipeline-model-parallel-size", "2", "--micro-batch-size", "2")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2": (2, ("--bf16",)),
     "tp2": (2, TENSOR),
@@ -80,16 +80,22 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Three increments of few steps: forks at 2, 7 and 12, releases at 5, 10 and 15."""
+    return make_data(tmp_path_factory.mktemp("short"), (5, 5, 5))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_at_no_layout_do_branches_or_the_way_to_a_release_leave_a_trace(
-    run_ranks, data: TinyData, tmp_path: Path, layout: str
+    run_ranks, short: TinyData, tmp_path: Path, layout: str
 ):
     ranks, flags = LAYOUTS[layout]
     plans = {"switching": None, "straight": main_alone, "v3": partial(release_alone, "lrps", "v3")}
-    jobs = [(command(data, tmp_path / name, *flags), planner) for name, planner in plans.items()]
+    jobs = [(command(short, tmp_path / name, *flags), planner) for name, planner in plans.items()]
     run_ranks(ranks, _rank_trains, jobs, timeout=120)
-    check_forks(tmp_path / "switching", tmp_path / "straight")
-    assert differing(tensors(tmp_path / "switching", "v3-00000028"), tensors(tmp_path / "v3", "v3-00000028")) == []
+    check_forks(tmp_path / "switching", tmp_path / "straight", (2, 7, 12))
+    assert differing(tensors(tmp_path / "switching", "v3-00000015"), tensors(tmp_path / "v3", "v3-00000015")) == []
 
 
 @pytest.mark.parametrize("paradigm", ["lrps", "cpt"])
