@@ -10,15 +10,15 @@ from torch import Tensor
 def accumulate_(main_OI: Tensor, gradient_TO: Tensor, input_TI: Tensor) -> None:
     """``main += gradient^T @ input``: T tokens, O outputs, I inputs; ``gradient`` and ``input`` are of one type.
 
-    Of the same type as ``main``: one matrix product that adds in place. Narrower ones: a CUDA device gives the product
-    in fp32 from the fp32 sums it has (``torch.mm(..., out_dtype=torch.float32)`` for bf16 and fp16 operands, torch
-    >= 2.8, CUDA alone: ATen/native/cuda/Blas.cpp, _mm_dtype_out_cuda); elsewhere the product is rounded to the
-    operands' type before it is added.
+    Of the same type as ``main``: one matrix product that adds in place. Narrower ones: on a CUDA device it is one too,
+    which adds the fp32 sums that it has to an fp32 ``main`` (``aten::addmm.dtype_out``, torch >= 2.8, CUDA alone), so
+    that ``main`` is read and written once, 8 bytes an element; elsewhere the product is rounded to the operands' type
+    before it is added.
     """
     if gradient_TO.dtype == main_OI.dtype:
         torch.addmm(main_OI, gradient_TO.T, input_TI, out=main_OI)
     elif main_OI.is_cuda and main_OI.dtype == torch.float32:
-        main_OI.add_(torch.mm(gradient_TO.T, input_TI, out_dtype=torch.float32))
+        torch.addmm(main_OI, gradient_TO.T, input_TI, out_dtype=torch.float32, out=main_OI)
     else:
         main_OI.add_(gradient_TO.T @ input_TI)
 

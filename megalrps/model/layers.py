@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from megalrps.kernels.attention import attention
 from megalrps.kernels.cross_entropy import cross_entropy
-from megalrps.kernels.rms_norm import rms_norm
+from megalrps.kernels.options import AttentionBackend
+from megalrps.kernels.rms_norm import add_rms_norm, rms_norm
 from megalrps.parallel import tensor
 from megalrps.parallel.context import ContextParallel
+from megalrps.parallel.linear_loss import CHUNK_TOKENS, linear_cross_entropy
+from megalrps.parallel.tensor import TensorParallel
 
 
 class Linear(nn.Module):
@@ -39,12 +42,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.epsilon = epsilon
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed = rms_norm(x, self.weight, self.epsilon)
-        if normed.dtype == torch.float32 and _autocast_enabled(x.device.type):
-            # The linear maps that follow share this input; autocast would make and keep a narrow copy for each of them.
-            return normed.to(torch.get_autocast_dtype(x.device.type))
-        return normed
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x``; with a ``residual`` to which it is added, their sum and the norm of that.
+
+        Under autocast a norm of fp32 is rounded to autocast's type: the linear maps that follow share this input, and
+        autocast would make and keep a narrow copy for each of them.
+        """
+        wide = x if residual is None else residual
+        narrowed = wide.dtype == torch.float32 and _autocast_enabled(x.device.type)
+        out_dtype = torch.get_autocast_dtype(x.device.type) if narrowed else wide.dtype
+        if residual is None:
+            return rms_norm(x, self.weight, self.epsilon, out_dtype)
+        return add_rms_norm(x, residual, self.weight, self.epsilon, out_dtype)
 
 
 def _autocast_enabled(device_type: str) -> bool:
@@ -65,6 +74,35 @@ class Embedding(nn.Module):
     def logits(self, hidden_BSH: Tensor) -> Tensor:
         """The tied head: the product of every hidden state with every embedding, [B, S, V]."""
         return tensor.column_maps(hidden_BSH, (self.weight,), None)[0]
+
+    def losses(self, hidden_BSH: Tensor, labels_BS: Tensor, chunk_tokens: int) -> Tensor:
+        """The token losses [T] of the tied head's logits, which are never whole."""
+        return linear_cross_entropy(hidden_BSH, self.weight, labels_BS, None, chunk_tokens)
+
+
+class Head(Linear):
+    """The untied head; ``weight`` is [vocabulary, hidden], of which ``ranks``, where there are any, hold a slice each.
+
+    Logits and losses both come of a call, since calls are what gathers of parameters wait for
+    (:mod:`megalrps.parallel.parameter_gathers`).
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        vocabulary: int,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        ranks: TensorParallel | None = None,
+    ) -> None:
+        super().__init__(hidden, vocabulary, device, dtype)
+        self.ranks = ranks
+
+    def forward(self, hidden_BSH: Tensor, labels_BS: Tensor | None = None, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+        """The logits [B, S, V / ranks]; with ``labels_BS`` the token losses [T], of logits that are never whole."""
+        if labels_BS is None:
+            return tensor.column_maps(hidden_BSH, (self.weight,), self.ranks)[0]
+        return linear_cross_entropy(hidden_BSH, self.weight, labels_BS, self.ranks, chunk_tokens)
 
 
 class Layers(Protocol):
@@ -89,7 +127,7 @@ class Layers(Protocol):
     def embedding(self, vocabulary: int, hidden: int) -> Embedding:
         """The token embedding (and tied head)."""
 
-    def head(self, hidden: int, vocabulary: int) -> nn.Module:
+    def head(self, hidden: int, vocabulary: int) -> Head:
         """The untied head; its output may be this process's slice of the vocabulary."""
 
     def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
@@ -103,12 +141,14 @@ class Layers(Protocol):
 class LocalLayers:
     """Every parameter whole, on one device (None: torch's default) and in one type.
 
-    ``context``: the ranks that share every sequence; None: each sequence is whole too.
+    ``context``: the ranks that share every sequence; None: each sequence is whole too. ``attention_backend``: what
+    computes the attention; that of a ``context`` is its own.
     """
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     context: ContextParallel | None = None
+    attention_backend: AttentionBackend = "auto"
 
     def column_linear(self, inputs: int, outputs: int, heads: int | None = None) -> Linear:
         return Linear(inputs, outputs, self.device, self.dtype)
@@ -125,12 +165,13 @@ class LocalLayers:
     def embedding(self, vocabulary: int, hidden: int) -> Embedding:
         return Embedding(vocabulary, hidden, self.device, self.dtype)
 
-    def head(self, hidden: int, vocabulary: int) -> Linear:
-        return Linear(hidden, vocabulary, self.device, self.dtype)
+    def head(self, hidden: int, vocabulary: int) -> Head:
+        return Head(hidden, vocabulary, self.device, self.dtype)
 
     def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
-        attend = attention if self.context is None else self.context.attention
-        return attend(query_BSND, key_BSKD, value_BSKD)
+        if self.context is not None:
+            return self.context.attention(query_BSND, key_BSKD, value_BSKD)
+        return attention(query_BSND, key_BSKD, value_BSKD, backend=self.attention_backend)
 
     def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         return cross_entropy(logits_TV, labels_T, overwrite_logits=True)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from megalrps.kernels.attention import attention
-from megalrps.model.layers import Embedding, Linear, RMSNorm
+from megalrps.kernels.options import AttentionBackend
+from megalrps.model.layers import Embedding, Head, Linear, RMSNorm
 from megalrps.parallel import tensor
 from megalrps.parallel.context import ContextParallel
+from megalrps.parallel.linear_loss import linear_cross_entropy
 from megalrps.parallel.tensor import TensorParallel
 from megalrps.parallel.vocabulary import cross_entropy_
 
@@ -54,6 +56,10 @@ class VocabularyEmbedding(Embedding):
         """The tied head: this rank's slice of the logits, [B, S, V / ranks]."""
         return tensor.column_maps(hidden_BSH, (self.weight,), self.ranks)[0]
 
+    def losses(self, hidden_BSH: Tensor, labels_BS: Tensor, chunk_tokens: int) -> Tensor:
+        """The token losses [T] of the tied head's logits, of which this rank has its slice of some at a time."""
+        return linear_cross_entropy(hidden_BSH, self.weight, labels_BS, self.ranks, chunk_tokens)
+
 
 @dataclass(frozen=True)
 class TensorLayers:
@@ -66,6 +72,7 @@ class TensorLayers:
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     context: ContextParallel | None = None
+    attention_backend: AttentionBackend = "auto"
 
     def column_linear(self, inputs: int, outputs: int, heads: int | None = None) -> ColumnLinear:
         pieces = self._size if heads is None else min(self._size, heads)
@@ -83,12 +90,13 @@ class TensorLayers:
     def embedding(self, vocabulary: int, hidden: int) -> VocabularyEmbedding:
         return VocabularyEmbedding(_share(vocabulary, self._size), hidden, self.ranks, self.device, self.dtype)
 
-    def head(self, hidden: int, vocabulary: int) -> ColumnLinear:
-        return self.column_linear(hidden, vocabulary)
+    def head(self, hidden: int, vocabulary: int) -> Head:
+        return Head(hidden, _share(vocabulary, self._size), self.device, self.dtype, self.ranks)
 
     def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
-        attend = attention if self.context is None else self.context.attention
-        return attend(query_BSND, key_BSKD, value_BSKD)
+        if self.context is not None:
+            return self.context.attention(query_BSND, key_BSKD, value_BSKD)
+        return attention(query_BSND, key_BSKD, value_BSKD, backend=self.attention_backend)
 
     def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         return cross_entropy_(logits_TV, labels_T, self.ranks.group)

@@ -12,6 +12,7 @@ from megalrps.model.block import Block
 from megalrps.model.config import ModelConfig
 from megalrps.model.layers import Layers, LocalLayers
 from megalrps.model.recompute import run_layers
+from megalrps.parallel.linear_loss import CHUNK_TOKENS
 
 
 class SummedLoss(NamedTuple):
@@ -69,33 +70,62 @@ class Transformer(nn.Module):
         self._activations = activations
 
     def forward(self, inputs: Tensor, positions_S: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V] from a stage with the head, hidden states [B, S, H] from any other.
+        """Logits [B, S, V] from a stage with the head, hidden states [B, S, H] from any other, whatever the options.
 
         ``inputs`` are tokens [B, S] for a stage with the embedding, hidden states [B, S, H] for any other.
         ``positions_S`` are the tokens' places in their sequence: 0 to S-1 unless a layout that cuts the sequence says
         otherwise.
         """
+        hidden_BSH = self._hidden(inputs, positions_S)
+        return self._logits(hidden_BSH) if self.has_head else hidden_BSH
+
+    def output(self, inputs: Tensor, positions_S: Tensor | None = None) -> Tensor:
+        """What the next stage takes, or of a stage with the head :meth:`loss_of_output`; arguments as :meth:`forward`.
+
+        That is :meth:`forward`'s, unless the options have the logits made with the loss: then a stage with the head
+        gives the hidden states [B, S, H] after its norm.
+        """
+        linear = self._activations.cross_entropy_fusion_impl == "linear"
+        return self._hidden(inputs, positions_S) if linear else self(inputs, positions_S)
+
+    def loss(self, inputs: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:
+        """Summed loss of predicting ``labels_BS`` from ``inputs`` (see :meth:`forward`); for a stage with the head."""
+        return self.loss_of_output(self.output(inputs), labels_BS, loss_mask_BS)
+
+    def loss_of_output(self, output: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:
+        """Summed loss of what :meth:`output` of a stage with the head gave; the backward pass may overwrite that.
+
+        Mask as in :meth:`loss_of_logits`.
+        """
+        if self._activations.cross_entropy_fusion_impl == "native":
+            return self.loss_of_logits(output, labels_BS, loss_mask_BS)
+        chunk_tokens = self._activations.loss_chunk_tokens or CHUNK_TOKENS
+        of_head = self.embedding.losses if self.head is None else self.head
+        return _summed(of_head(output, labels_BS, chunk_tokens), labels_BS, loss_mask_BS)
+
+    def loss_of_logits(self, logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:
+        """Summed loss of this model's whole logits; the backward pass may overwrite them.
+
+        Tokens where ``loss_mask_BS`` is 0 or False count for nothing; their labels must still lie in the vocabulary.
+        """
+        losses_T = self._cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
+        return _summed(losses_T, labels_BS, loss_mask_BS)
+
+    def _hidden(self, inputs: Tensor, positions_S: Tensor | None) -> Tensor:
+        """Hidden states [B, S, H] after this stage's layers and, where it has the head, the norm before that."""
         if positions_S is None:
             positions_S = torch.arange(inputs.shape[1], device=inputs.device)
         cosine_SR, sine_SR = rotary_tables(positions_S, self.config.head_size, self.config.rotary_base)
         hidden_BSH = self.embedding(inputs) if self.has_embedding else inputs
         hidden_BSH = run_layers(list(self.layers.values()), self._activations, hidden_BSH, cosine_SR, sine_SR)
-        return self._logits(self.final_norm(hidden_BSH)) if self.has_head else hidden_BSH
-
-    def loss(self, inputs: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:
-        """Summed loss of predicting ``labels_BS`` from ``inputs`` (see :meth:`forward`); for a stage with the head."""
-        return self.loss_of_logits(self(inputs), labels_BS, loss_mask_BS)
-
-    def loss_of_logits(self, logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:
-        """Summed loss of this model's logits; the backward pass may overwrite them.
-
-        Tokens where ``loss_mask_BS`` is 0 or False count for nothing; their labels must still lie in the vocabulary.
-        """
-        losses_T = self._cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
-        if loss_mask_BS is None:
-            return SummedLoss(losses_T.sum(), torch.tensor(labels_BS.numel(), device=labels_BS.device))
-        return SummedLoss((losses_T * loss_mask_BS.flatten()).sum(), loss_mask_BS.sum(dtype=torch.int64))
+        return self.final_norm(hidden_BSH) if self.has_head else hidden_BSH
 
     def _logits(self, hidden_BSH: Tensor) -> Tensor:
         logits_BSV: Tensor = self.embedding.logits(hidden_BSH) if self.head is None else self.head(hidden_BSH)
         return logits_BSV
+
+
+def _summed(losses_T: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None) -> SummedLoss:
+    if loss_mask_BS is None:
+        return SummedLoss(losses_T.sum(), torch.tensor(labels_BS.numel(), device=labels_BS.device))
+    return SummedLoss((losses_T * loss_mask_BS.flatten()).sum(), loss_mask_BS.sum(dtype=torch.int64))

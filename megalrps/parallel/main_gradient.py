@@ -5,7 +5,7 @@ zero-bubble schedules put the second where a pipeline would idle (Qi et al. 2023
 linear maps hand out what the product needs rather than the product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -75,12 +75,17 @@ class MainGradient:
 
         Neither operand may be written to before that.
         """
-        self.queue.put(lambda: self._add(gradient_TO, input_TI))
+        self.queue.put(lambda: self.add_products_now([(gradient_TO, input_TI)]))
 
     @torch.no_grad()
-    def _add(self, gradient_TO: Tensor, input_TI: Tensor) -> None:
+    def add_products_now(self, operands: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add gradient^T @ input of each of ``operands`` and report them as one, whatever the queue defers.
+
+        One pair is used up before the next is asked for: both may lie in the same memory.
+        """
         self.ensure()
-        accumulate_(self.gradient, gradient_TO, input_TI)
+        for gradient_TO, input_TI in operands:
+            accumulate_(self.gradient, gradient_TO, input_TI)
         self.contributed()
 
 

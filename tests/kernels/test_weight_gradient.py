@@ -64,6 +64,18 @@ def test_takes_rows_that_are_not_contiguous():
     torch.testing.assert_close(total, expected, rtol=1e-14, atol=1e-14)
 
 
+def test_a_product_that_adds_in_fp32_exists_with_the_arguments_that_it_is_given_and_on_a_cpu_does_not():
+    """What a CUDA device is asked for: the type of an operation, without one. A CPU refuses it: the device decides."""
+    total, gradient, given = operands(4, 3, 5, torch.float32, torch.bfloat16)
+    names = [argument.name for argument in torch.ops.aten.addmm.dtype_out._schema.arguments]
+    assert names == ["self", "mat1", "mat2", "out_dtype", "beta", "alpha", "out"]
+    meta = [x.to("meta") for x in (total, gradient, given)]
+    result = torch.addmm(meta[0], meta[1].T, meta[2], out_dtype=torch.float32, out=meta[0])
+    assert result is meta[0] and result.dtype == torch.float32
+    with pytest.raises(NotImplementedError):
+        torch.addmm(total, gradient.T, given, out_dtype=torch.float32, out=total)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_a_cuda_device_does_not_round_the_product(narrow):
