@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from megalrps.kernels.norm import sum_of_squares
 from megalrps.parallel.bucket import Bucket, Kind, Slice, cut_into_buckets, fill, kind_of, make_bucket
 from megalrps.parallel.collectives import start_stack
 from megalrps.parallel.gradient_sums import GradientSums
@@ -120,10 +121,7 @@ class FlatBuffers:
         What several ranks hold is counted once: each of n holders adds 1 / n of its square. No number where any rank's
         is none. Squares add up in fp64, in the order of ranks: a sum by the network may come in another on each rank.
         """
-        squares = [
-            torch.linalg.vector_norm(bucket.gradient_shard).double().square() / bucket.times_held
-            for bucket in self.buckets
-        ]
+        squares = [sum_of_squares(bucket.gradient_shard).double() / bucket.times_held for bucket in self.buckets]
         total = torch.stack(squares).sum()
         mesh = self._mesh
         for group in (mesh.tensor, mesh.pipeline, *([] if self.sharding == "no_shard" else [mesh.replicas])):

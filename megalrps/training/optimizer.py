@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megalrps.kernels.adamw import adamw_
+from megalrps.kernels.options import OptimizerBackend
 from megalrps.parallel.buffers import FlatBuffers
 from megalrps.training.loss_scale import LossScale
 from megalrps.training.options import LossScaleOptions, MomentType, OptimizerOptions
@@ -15,48 +16,81 @@ class Optimizer:
     """Steps this rank's shards of ``buffers``; its state is ``updates``, ``exp_avg`` and ``exp_avg_sq``, laid out so.
 
     There is no scheduler and no stored learning rate: what a step uses is a pure function of (path, step). With
-    ``scaling`` the gradients are those of a scaled loss (fp16); the scale is state too.
+    ``scaling`` the gradients are those of a scaled loss (fp16); the scale is state too. ``backend``: what updates; see
+    :func:`megalrps.kernels.adamw.adamw_`.
     """
 
     def __init__(
-        self, buffers: FlatBuffers, options: OptimizerOptions, scaling: LossScaleOptions | None = None
+        self,
+        buffers: FlatBuffers,
+        options: OptimizerOptions,
+        scaling: LossScaleOptions | None = None,
+        backend: OptimizerBackend = "auto",
     ) -> None:
         self.buffers = buffers
         self.options = options
+        self.backend: OptimizerBackend = backend
         self.scale = None if scaling is None else LossScale(scaling)
-        self.updates = torch.zeros((), dtype=torch.int64)  # on the host: it only scales the bias correction
+        self._updates = torch.zeros((), dtype=torch.int64)  # on the host: it only scales the bias correction
+        self._unsettled: Tensor | None = None
         self.exp_avg = [_moment(bucket.master, options.exp_avg_dtype) for bucket in buffers.buckets]
         self.exp_avg_sq = [_moment(bucket.master, options.exp_avg_sq_dtype) for bucket in buffers.buckets]
 
     @property
+    def updates(self) -> Tensor:
+        """How many updates were made, steps left out not counted. Who reads it settles the last step."""
+        self.settle()
+        return self._updates
+
+    @property
     def loss_scale(self) -> float | None:
-        """What the loss of the next backward pass is multiplied by; None: nothing, and no step is skipped."""
+        """What the loss of the next backward pass is multiplied by; None: nothing, and no step is skipped.
+
+        Who reads it settles the last step.
+        """
+        self.settle()
         return None if self.scale is None else self.scale.value
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip, update every parameter once, and return the gradient norm before clipping (a scalar tensor).
 
-        The norm is that of the unscaled gradients. Where it is no number, on all ranks alike, nothing is updated. The
-        host waits for the norm: to decide that, which later work could not take back.
+        The norm is that of the unscaled gradients. Where it is no number, on all ranks alike, everything keeps its
+        bits. The host waits for nothing on a GPU, so it does not know whether this was an update until the norm is
+        read: see :meth:`settle`.
         """
+        self.settle()
         norm = self.buffers.gradient_norm()
         factor = torch.ones_like(norm)
         if self.scale is not None:
             factor /= self.scale.value
             norm = norm * factor
-        finite = bool(torch.isfinite(norm))
-        if self.scale is not None:
-            self.scale.update(finite)
-        if finite:
-            if self.options.clip_grad > 0:
-                factor *= (self.options.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-            self.updates += 1
-            self.update(learning_rate, factor)
-            self.buffers.publish()
+        if self.options.clip_grad > 0:
+            factor *= (self.options.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        self.update(learning_rate, torch.where(torch.isfinite(norm), factor, torch.nan))
+        self._unsettled = norm
+        self.buffers.publish()
         return norm
 
+    def settle(self, finite: bool | None = None) -> None:
+        """Count the last step if it was an update, and let the loss scale follow it; once, however often it is called.
+
+        ``finite``: whether its norm is a number, from who has read that; None: it is read here, and waited for.
+        """
+        if self._unsettled is None:
+            return
+        if finite is None:
+            finite = bool(torch.isfinite(self._unsettled))
+        self._unsettled = None
+        self._updates += finite
+        if self.scale is not None:
+            self.scale.update(finite)
+
     def update(self, learning_rate: float, factor: Tensor) -> None:
-        """Update the masters of this rank's shards with ``factor`` times the gradients (a scalar tensor)."""
+        """Update the masters of this rank's shards with ``factor`` times the gradients (a scalar tensor).
+
+        Where ``factor`` is no number, which is known where it lies, everything keeps its bits.
+        """
+        found_inf = (~torch.isfinite(factor)).float()
         buckets = self.buffers.buckets
         for bucket, first, second in zip(buckets, self.exp_avg, self.exp_avg_sq, strict=True):
             device = bucket.master.device  # another one where the optimizer is offloaded
@@ -70,14 +104,17 @@ class Optimizer:
                 beta2=self.options.adam_beta2,
                 epsilon=self.options.adam_eps,
                 weight_decay=self.options.weight_decay if bucket.decays else 0.0,
-                step=int(self.updates),
+                step=int(self._updates) + 1,
                 gradient_scale=factor.to(device),
+                found_inf=found_inf.to(device),
                 narrow=bucket.narrow,
+                backend=self.backend,
             )
 
     def reset(self) -> None:
         """Forget the moments: a branch with ``--branch-optimizer reset`` starts so. The loss scale starts anew too."""
-        self.updates.zero_()
+        self._unsettled = None
+        self._updates.zero_()
         for moment in (*self.exp_avg, *self.exp_avg_sq):
             moment.zero_()
         if self.scale is not None:

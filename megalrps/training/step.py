@@ -63,5 +63,8 @@ def train_step(state: TrainState, batch: Batch, *, learning_rate: float, mesh: M
     loss, scale = forward_backward(state, batch, mesh), state.optimizer.loss_scale
     norm = state.optimizer.step(learning_rate)
     state.checkpoint = None
-    mean, length = torch.stack((loss.float(), norm.float())).tolist()  # one host synchronisation for both
+    # The one time that the host waits for the device. In fp64: rounding must not make infinite what the optimizer,
+    # which has decided already, held to be a number.
+    mean, length = torch.stack((loss.double(), norm.double())).tolist()
+    state.optimizer.settle(bool(np.isfinite(length)))
     return StepResult(mean, length, skipped=scale is not None and not np.isfinite(length), loss_scale=scale)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalrps.errors import InputError
 from megalrps.model.layers import Linear
@@ -109,18 +109,122 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit():
     assert all(torch.equal(value, masters(scaled)[name]) for name, value in masters(plain).items())
 
 
+POLICIES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp64": {"wide": torch.float64},
+    "bf16": {"compute_dtype": torch.bfloat16},
+    "bf16 moments": {"compute_dtype": torch.bfloat16, "moments": "bf16"},
+    "fp16": {"compute_dtype": torch.float16, "scaling": LossScaleOptions(hysteresis=1)},
+    "fp16, constant scale": {"compute_dtype": torch.float16, "scaling": LossScaleOptions(loss_scale=8.0)},
+    "offloaded": {"compute_dtype": torch.bfloat16, "offload": True, "scaling": LossScaleOptions(hysteresis=1)},
+}
+
+
+CHOICES = {"moments": "fp32", "scaling": None, "wide": torch.float32}
+"""What a policy says beside the arguments of FlatBuffers, and what it is where it does not."""
+
+
+def begun(
+    wide: torch.dtype = torch.float32,
+    moments: Any = "fp32",
+    scaling: LossScaleOptions | None = None,
+    clip_grad: float = 1.0,
+    backend: Any = "auto",
+    **buffers: Any,
+) -> Optimizer:
+    """A model in one of the precisions that there are, with an optimizer."""
+    options = OptimizerOptions(exp_avg_dtype=moments, exp_avg_sq_dtype=moments, clip_grad=clip_grad)
+    return Optimizer(FlatBuffers(module().to(wide), **buffers), options, scaling, backend)
+
+
+def take_step(optimizer: Optimizer, seed: int, value: float | None = None) -> Tensor:
+    """A step with gradients that ``seed`` decides; ``value`` is put into one of them."""
+    optimizer.buffers.begin(1)
+    generator = torch.Generator().manual_seed(seed)
+    for bucket in optimizer.buffers.buckets:
+        for view in bucket.gradient_views:
+            view.normal_(generator=generator).mul_(optimizer.loss_scale or 1.0)
+    optimizer.buffers.finish_gradients()
+    if value is not None:
+        optimizer.buffers.buckets[0].gradient_views[0].view(-1)[0] = value
+    return optimizer.step(RATE)
+
+
+def everything(optimizer: Optimizer) -> list[Tensor]:
+    """The memory of all that a step may change, apart from the scale: bytes, so that a NaN equals itself."""
+    flats = [each for bucket in optimizer.buffers.buckets for each in (bucket.master, bucket.parameters)]
+    flats += [*optimizer.exp_avg, *optimizer.exp_avg_sq]
+    return [each.detach().clone().view(torch.uint8) for each in flats] + [optimizer.updates.clone()]
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
-@pytest.mark.parametrize("scaling", [None, LossScaleOptions(hysteresis=1), LossScaleOptions(loss_scale=8.0)])
-def test_gradients_that_are_no_numbers_update_nothing(scaling: LossScaleOptions | None, value: float):
-    buffers, optimizer, _ = stepped(OptimizerOptions(), scaling)
-    before = {name: tensor.clone() for name, tensor in {**masters(buffers), **dict(optimizer.named_state())}.items()}
-    scale = optimizer.loss_scale
-    buffers.buckets[0].gradient_views[0].view(-1)[0] = value
-    assert not torch.isfinite(optimizer.step(RATE))
-    after = {**masters(buffers), **dict(optimizer.named_state())}
-    assert [name for name in before if not torch.equal(before[name], after[name]) and "loss_scale" not in name] == []
-    halves = scaling is not None and scaling.loss_scale is None
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_that_are_no_numbers_leave_every_bit(policy: str, value: float):
+    optimizer = begun(**POLICIES[policy])
+    take_step(optimizer, seed=0)
+    before, scale = everything(optimizer), optimizer.loss_scale
+    assert not torch.isfinite(take_step(optimizer, seed=1, value=value))
+    assert all(torch.equal(one, other) for one, other in zip(before, everything(optimizer), strict=True))
+    halves = optimizer.scale is not None and "constant" not in policy
     assert optimizer.loss_scale == (scale / 2 if halves and scale is not None else scale)
+    assert torch.isfinite(take_step(optimizer, seed=2)) and int(optimizer.updates) == 2
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_that_is_left_out_is_as_if_it_had_never_been(policy: str):
+    """The bias correction of the next update too follows the count of updates."""
+    policy_without_scale = {**POLICIES[policy], "scaling": None}
+    straight, disturbed = begun(**policy_without_scale), begun(**policy_without_scale)
+    for seed in range(3):
+        take_step(straight, seed)
+        take_step(disturbed, seed)
+        take_step(disturbed, seed=9, value=float("nan"))
+    pairs = zip(everything(straight), everything(disturbed), strict=True)
+    assert int(disturbed.updates) == 3 and all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_step_is_settled_once_and_by_whoever_needs_to_know():
+    options = LossScaleOptions(initial_loss_scale=16.0, loss_scale_window=100, hysteresis=1)
+    told, asked = begun(scaling=options), begun(scaling=options)
+    for optimizer in (told, asked):
+        take_step(optimizer, seed=0)
+    told.settle(True)
+    told.settle(False)
+    told.settle()
+    assert int(told.updates) == int(asked.updates) == 1 and told.loss_scale == asked.loss_scale == 16
+    take_step(asked, seed=1)
+    assert dict(asked.named_state())["updates"] == 2
+    take_step(asked, seed=1, value=float("inf"))
+    assert asked.loss_scale == 8 and int(asked.updates) == 2
+    take_step(asked, seed=1)
+    asked.reset()
+    assert int(asked.updates) == 0 and asked.loss_scale == 16
+
+
+def test_the_backend_is_the_one_asked_for():
+    ours, torchs = begun(), begun(backend="torch")
+    for optimizer in (ours, torchs):
+        take_step(optimizer, seed=0)
+    pairs = list(zip(ours.buffers.buckets, torchs.buffers.buckets, strict=True))
+    assert any(not torch.equal(one.master, other.master) for one, other in pairs), "the same code made both"
+    for one, other in pairs:
+        torch.testing.assert_close(one.master, other.master, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="--optimizer-backend triton updates tensors on a CUDA device"):
+        take_step(begun(backend="triton"), seed=0)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "offloaded"])
+def test_only_who_settles_a_step_waits_for_the_device(policy: str):
+    """On meta tensors, whose numbers are never there for the host: to ask for one, or for a copy, is an error."""
+    options = dict(POLICIES[policy])
+    kept, scaling, wide = (options.pop(key, default) for key, default in CHOICES.items())
+    buffers = FlatBuffers(module().to("meta", wide), **options)
+    optimizer = Optimizer(buffers, OptimizerOptions(exp_avg_dtype=kept, exp_avg_sq_dtype=kept), scaling)
+    assert optimizer.step(RATE).is_meta
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        optimizer.settle()
+    optimizer.settle(True)
+    assert optimizer.step(RATE).is_meta and int(optimizer._updates) == 1
 
 
 def followed(options: LossScaleOptions, outcomes: str) -> list[float]:

@@ -143,3 +143,24 @@ def test_figures_that_are_no_numbers_are_told(loss: float, norm: float):
     assert StepResult(2.0, 1.0).is_finite
     assert not StepResult(loss, norm).is_finite
     assert StepResult(loss, norm, skipped=True).is_finite == np.isfinite(loss)
+
+
+@pytest.mark.parametrize(("factor", "updates"), [(1e100, 1), (float("inf"), 0)])
+def test_whether_a_step_counts_is_decided_by_the_norm_that_is_told(
+    monkeypatch: pytest.MonkeyPatch, factor: float, updates: int
+):
+    """In fp64 a norm of 1e100 is a number, and the update with what was clipped for it is one."""
+    state = double_state()
+    finish = FlatBuffers.finish_gradients
+
+    def overflowing(buffers: FlatBuffers) -> None:
+        finish(buffers)
+        for bucket in buffers.buckets:
+            bucket.gradients.mul_(factor)
+
+    monkeypatch.setattr(FlatBuffers, "finish_gradients", overflowing)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    result = train_step(state, share(0), learning_rate=RATE, mesh=ALONE)
+    assert result.is_finite == bool(updates) and not result.skipped
+    assert state.optimizer.updates.item() == updates
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items()) == (not updates)
