@@ -30,6 +30,7 @@ from megalrps.data.split import SplitOptions
 from megalrps.data.tokenizer_training import TokenizerTrainingOptions
 from megalrps.errors import InputError
 from megalrps.files import write_text
+from megalrps.kernels import __main__ as kernels_command
 from megalrps.model.config import with_vocabulary
 from megalrps.model.counts import parameter_count
 from megalrps.model.presets import PRESETS
@@ -93,6 +94,7 @@ COMMANDS = (
     Command("tools/make_corpus.py", CorpusOptions),
     Command("tools/train_tokenizer.py", TokenizerTrainingOptions),
     Command("tools/reference.py", ReferenceOptions),
+    Command("python -m megalrps.kernels", kernels_command.Arguments),
 )
 
 
@@ -162,7 +164,7 @@ def _takes(kind: Any) -> str:
 
 def _shown(default: Any) -> str:
     """A default as a reader would type it."""
-    if default is None or default == ():
+    if default is None or default in ((), ""):
         return "unset"
     if isinstance(default, bool):
         return "on" if default else "off"

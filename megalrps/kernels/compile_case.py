@@ -21,7 +21,8 @@ class CompileCase:
     (constexpr values; an optional pointer that is None is a constant too). Pointers are taken to be divisible by 16, as
     torch's allocations are, and so are the integers named in ``divisible``.
 
-    ``required``: per target, instructions (prefixes of SASS names) of which at least one each must be there.
+    ``required``: per target, instructions of which at least one each must be there, by the first parts of their SASS
+    names: LDG.E.128 is LDG.E.EF.128.CONSTANT too (see :func:`megalrps.kernels.ahead_of_time.count`).
     ``targets``: where this configuration is launched.
     """
 
@@ -31,6 +32,8 @@ class CompileCase:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
+    """Whether a product and a sum may become one operation, rounded once."""
     divisible: tuple[str, ...] = ()
     required: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     targets: tuple[str, ...] = TARGETS

@@ -40,6 +40,8 @@ def cuda_missing() -> str | None:
     """
     if _native is None:
         return _CPU_MISSING
+    if not hasattr(_native, "cuda_available"):
+        return "megalrps._native was built from older sources: python setup.py build_ext --inplace"
     available, reason = _native.cuda_available()
     return None if available else str(reason)
 
@@ -53,7 +55,7 @@ def check_cuda() -> None:
 
 def cuda_targets() -> tuple[str, ...]:
     """What the CUDA part was compiled for, as ``("sm_80", "sm_90a", "compute_80")``; empty where it was not built."""
-    return () if _native is None else tuple(_native.cuda_targets())
+    return tuple(_native.cuda_targets()) if hasattr(_native, "cuda_targets") else ()
 
 
 @torch.no_grad()
