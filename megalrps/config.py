@@ -15,6 +15,7 @@ import yaml
 
 from megalrps.data.options import DataOptions
 from megalrps.errors import InputError
+from megalrps.kernels.options import KernelOptions
 from megalrps.model.activation_options import ActivationOptions
 from megalrps.model.config import ModelConfig
 from megalrps.model.presets import PRESETS
@@ -62,6 +63,7 @@ class Config:
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     activations: ActivationOptions = field(default_factory=ActivationOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    kernels: KernelOptions = field(default_factory=KernelOptions)
     scaling: LossScaleOptions = field(default_factory=LossScaleOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -24,9 +24,15 @@ class Block(nn.Module):
 
     def forward(self, hidden_BSH: Tensor, cosine_SR: Tensor, sine_SR: Tensor) -> Tensor:
         normed_BSH = self._run("layernorm", self.attention_norm, hidden_BSH)
-        hidden_BSH = hidden_BSH + self.attention(normed_BSH, cosine_SR, sine_SR)
-        normed_BSH = self._run("layernorm", self.feed_forward_norm, hidden_BSH)
+        hidden_BSH, normed_BSH = self._add_and_norm(self.attention(normed_BSH, cosine_SR, sine_SR), hidden_BSH)
         return hidden_BSH + self._run("mlp", self.feed_forward, normed_BSH)
+
+    def _add_and_norm(self, attended_BSH: Tensor, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after the attention, and its norm: in one pass, unless the norm is computed again."""
+        if "layernorm" in self._recomputed:
+            hidden_BSH = hidden_BSH + attended_BSH
+            return hidden_BSH, self._run("layernorm", self.feed_forward_norm, hidden_BSH)
+        return self.feed_forward_norm(attended_BSH, hidden_BSH)
 
     def _run(self, part: Part, module: nn.Module, x_BSH: Tensor) -> Tensor:
         output_BSH: Tensor = recomputed(module, x_BSH) if part in self._recomputed else module(x_BSH)

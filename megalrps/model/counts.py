@@ -44,11 +44,10 @@ def activation_bytes_per_token(
     """Bytes kept for the backward pass, for one token, without recomputation.
 
     Elements a layer, with H hidden, A = heads x head size, G = key-value heads x head size, F feed-forward, N heads:
-    each of the two norms keeps its input, the normalised input and the inverse root (2H + 1) and hands H to the maps
-    after it; attention keeps query, key, value, output and its log-sum-exp (2A + 2G + N); the feed-forward layer
-    keeps gate, up, silu(gate) and the product (4F). After the layers: the final norm, the head's input and the logits
-    (3H + 1 + V). All are 4 bytes; under bf16 autocast the outputs of matrix products and what is computed from them
-    alone are 2.
+    each of the two norms keeps its input and the inverse root (H + 1) and hands H to the maps after it; attention keeps
+    query, key, value, output and its log-sum-exp (2A + 2G + N); the feed-forward layer keeps gate, up and the product
+    (3F). After the layers: the final norm, the head's input and the logits (2H + 1 + V). All are 4 bytes; under bf16
+    autocast the outputs of matrix products and what is computed from them alone are 2.
 
     Of ``ranks`` tensor-parallel ranks each keeps its share of what lies between a column map and a row map and of the
     logits (a key-value head per rank where there are fewer), and of the norms' part its slice of the sequence under
@@ -59,8 +58,8 @@ def activation_bytes_per_token(
     hidden, query = config.hidden_size, config.query_width
     key_value = max(config.query_groups, ranks) * config.head_size
     narrow = 2 if autocast else 4
-    norm = outside * (4 * (2 * hidden + 1) + narrow * hidden)
+    norm = outside * (4 * (hidden + 1) + narrow * hidden)
     attention = between_maps * (narrow * (2 * query + 2 * key_value) + 4 * config.num_attention_heads)
-    feed_forward = between_maps * narrow * 4 * config.feed_forward_width
+    feed_forward = between_maps * narrow * 3 * config.feed_forward_width
     logits = between_maps * narrow * config.vocab_size
     return config.num_layers * (2 * norm + attention + feed_forward) + norm + logits

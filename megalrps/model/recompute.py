@@ -4,7 +4,8 @@ Neither changes a number: what is computed again is computed by the same operati
 2016, arXiv 1604.06174, section 3), and the network draws no random numbers. Under tensor parallelism the exchanges of
 a forward pass are repeated too, by all ranks in the same order, for all of them run the same layers backwards.
 
-The head and the loss are never among it: the loss's backward pass writes over the logits.
+The head and the loss are never among it: the loss's backward pass writes over the logits, which it makes again itself
+under ``--cross-entropy-fusion-impl linear`` (:mod:`megalrps.parallel.linear_loss`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

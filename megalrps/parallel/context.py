@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megalrps.kernels.attention import attention
+from megalrps.kernels.options import AttentionBackend
 from megalrps.parallel.collectives import start_stack, start_sum_stack
 from megalrps.parallel.group import Group
 
@@ -49,6 +50,8 @@ class ContextParallel:
     """
 
     group: Group
+    backend: AttentionBackend = "auto"
+    """What computes the attention; see :func:`megalrps.kernels.attention.attention`."""
 
     def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
         """Causal attention of this rank's tokens to the whole sequence, [B, S, N, D]; collective, backwards too.
@@ -58,13 +61,13 @@ class ContextParallel:
         lie in the order of the sequence here, so that ends of documents would be passed on to the kernel as they are.
         """
         if self.group.size == 1:
-            return attention(query_BSND, key_BSKD, value_BSKD)
+            return attention(query_BSND, key_BSKD, value_BSKD, backend=self.backend)
         with torch.no_grad():
             past = _gathered(key_BSKD, value_BSKD, self.group)
         early_key, early_value, late_key, late_value = _Prefixes.apply(key_BSKD, value_BSKD, past, self.group)
         early_query, late_query = query_BSND.chunk(2, dim=1)
-        early = attention(early_query, early_key, early_value)
-        late = attention(late_query, late_key, late_value)
+        early = attention(early_query, early_key, early_value, backend=self.backend)
+        late = attention(late_query, late_key, late_value, backend=self.backend)
         attended: Tensor = _GivenUp.apply(torch.cat((early, late), dim=1), key_BSKD, value_BSKD, past, self.group)
         return attended
 

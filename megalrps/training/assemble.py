@@ -64,17 +64,17 @@ def assemble(job: Job, mesh: Mesh, dtype: torch.dtype | None = None) -> TrainSta
         queue=buffers.queue,
     )
     scaling = job.config.scaling if training.fp16 else None
-    return TrainState(engine, buffers, Optimizer(buffers, job.config.optimizer, scaling))
+    optimizer = Optimizer(buffers, job.config.optimizer, scaling, job.config.kernels.optimizer_backend)
+    return TrainState(engine, buffers, optimizer)
 
 
 def build_stages(job: Job, mesh: Mesh, dtype: torch.dtype | None = None) -> dict[int, Transformer]:
     """This rank's stages by index; one that holds both ends of a tied model holds their embedding once."""
     ranks = TensorParallel(mesh.tensor, job.config.parallel.sequence_parallel)
-    context = ContextParallel(mesh.context) if mesh.context.size > 1 else None
-    device = mesh.tensor.device
-    layers: Layers = (
-        LocalLayers(device, dtype, context) if mesh.tensor.size == 1 else TensorLayers(ranks, device, dtype, context)
-    )
+    backend = job.config.kernels.attention_backend
+    context = ContextParallel(mesh.context, backend) if mesh.context.size > 1 else None
+    given = (mesh.tensor.device, dtype, context, backend)
+    layers: Layers = LocalLayers(*given) if mesh.tensor.size == 1 else TensorLayers(ranks, *given)
     where = job.schedule.stage_ranks if job.schedule is not None else (0,)
     stages = {
         index: Transformer(

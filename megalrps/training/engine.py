@@ -87,10 +87,11 @@ class Engine:
         See :meth:`megalrps.model.transformer.Transformer.loss`; mixed precision is the engine's own.
         """
         own = self._own(inputs_BS)
-        logits = self._logits(own)
+        output = self._output(own)
         sums = torch.zeros(2, dtype=torch.float64, device=own.device)
-        if logits is not None:
-            loss = self._last.loss_of_logits(logits, self._own(labels_BS), self._own(mask_BS))
+        if output is not None:
+            with self._precision():
+                loss = self._last.loss_of_output(output, self._own(labels_BS), self._own(mask_BS))
             sums = torch.stack((loss.total.double(), loss.tokens.double()))
         self._mesh.context.sum_(sums)
         self._mesh.pipeline.sum_(sums)
@@ -109,11 +110,12 @@ class Engine:
     def _micro_batches(self, inputs_BS: Tensor, labels_BS: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(inputs_BS.split(self.micro_batch_size), labels_BS.split(self.micro_batch_size), strict=True)
 
-    def share_of_loss(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    def share_of_loss(self, output: Tensor, labels_BS: Tensor) -> Tensor:
         """A micro-batch's share of the loss of the whole batch: shares add up, whatever was cut."""
-        return self._last.loss_of_logits(logits_BSV, labels_BS).total / self._divisor
+        with self._precision():  # the head's products may be the loss's
+            return self._last.loss_of_output(output, labels_BS).total / self._divisor
 
-    def _logits(self, inputs_BS: Tensor) -> Tensor | None:
+    def _output(self, inputs_BS: Tensor) -> Tensor | None:
         if self._schedule is None:
             return self.passes[0](inputs_BS)
         assert self._exchanged is not None
@@ -148,5 +150,5 @@ class _Stage(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         with self._precision():
-            output: Tensor = self.stage(inputs, self._positions_S)
+            output: Tensor = self.stage.output(inputs, self._positions_S)
         return output

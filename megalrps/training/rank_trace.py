@@ -4,14 +4,16 @@ The process group is torch's fake one, of any size, whose collectives return at 
 which have shapes and types and no data. So this is the code that trains, layer by layer, on a machine that could never
 hold it.
 
-What is seen are the CPU's kernels: a fused attention of another device keeps its log-sum-exp in another shape. Unless
-the job runs on a CPU, attention to a longer past is traced as a fused kernel does it, which needs no mask.
+What is seen of our kernels are their operations, which take no memory within themselves on a GPU; a CPU's references
+do. Attention is traced as torch's of the CPU, whatever computes it: a fused one of another device keeps its log-sum-exp
+in another shape. Unless the job runs on a CPU, attention to a longer past is traced as a fused kernel does it, which
+needs no mask.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import NamedTuple
 
@@ -20,9 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megalrps.kernels import attention, cross_entropy
-from megalrps.kernels.cross_entropy import row_blocks
-from megalrps.parallel import vocabulary
+from megalrps.kernels import attention
 from megalrps.parallel.bucket import Bucket
 from megalrps.parallel.group import Group
 from megalrps.parallel.mesh import Mesh
@@ -88,12 +88,10 @@ def trace_rank(job: Job, rank: int) -> RankTrace:
         mask = lower_right_mask if job.config.runtime.device == "cpu" else _no_mask
         with (
             replaced(attention, "causal_lower_right", mask),
-            replaced(cross_entropy, "row_blocks", _two_blocks),
-            replaced(vocabulary, "row_blocks", _two_blocks),
             FakeTensorMode(),
             StorageTracker() as tracker,
         ):
-            state = assemble(job, mesh)
+            state = assemble(_traceable(job), mesh)
             return _traced(job, mesh, state, tracker)
 
 
@@ -113,9 +111,12 @@ def lower_right_mask(queries: int, keys: int) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
-def _two_blocks(logits_TV: Tensor) -> list[slice]:
-    """Of the loss's blocks of rows, of which there may be hundreds: one follows another, so two take what all take."""
-    return row_blocks(logits_TV)[:2]
+def _traceable(job: Job) -> Job:
+    """The job with an attention that fake tensors of a CPU can have; the fused ones all keep the same."""
+    if job.config.kernels.attention_backend == "reference":
+        return job
+    kernels = replace(job.config.kernels, attention_backend="auto")
+    return replace(job, config=replace(job.config, kernels=kernels))
 
 
 def _no_mask(queries: int, keys: int) -> None:

@@ -13,11 +13,9 @@ from megalrps.checkpoint.names import checkpoint_name
 from megalrps.checkpoint.record import CheckpointRecord
 from megalrps.checkpoint.store import Store
 from megalrps.config import Config
-from megalrps.data import permutation
 from megalrps.errors import InputError
 from megalrps.files import write_json, write_text
 from megalrps.fingerprint import fingerprint
-from megalrps.kernels import adamw
 from megalrps.parallel.mesh import Mesh
 from megalrps.parallel.world import World
 from megalrps.paths.cost import cost_steps
@@ -26,13 +24,11 @@ from megalrps.training.assemble import assemble, job_mesh
 from megalrps.training.console import Log
 from megalrps.training.continuation import check_continuation, difference_between_ranks, identity
 from megalrps.training.describe import describe_size
+from megalrps.training.implementations import check_implementations, describe_implementations
 from megalrps.training.metrics import MetricsFile
 from megalrps.training.prepare import Job, prepare
 from megalrps.training.run_directory import RunDirectory
 from megalrps.training.state import TrainState
-
-_UNBUILT = "megalrps._native is not built: python setup.py build_ext --inplace, with a C++20 compiler"
-_IMPLEMENTATIONS = {"native": "native code", "numpy": f"numpy ({_UNBUILT})", "torch": f"torch ({_UNBUILT})"}
 
 
 @dataclass
@@ -129,7 +125,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     with ExitStack() as stack:
         job = world.together(lambda: prepare(config, world.size))
         world.agree(difference_between_ranks(world.gathered(identity(job))))
-        world.together(lambda: _check_backend(job, world))
+        world.together(lambda: _check_device(job, world))
         directory = RunDirectory(Path(str(config.checkpoint.save)))
         world.decided(lambda: _take_hold(directory, stack))
         store = Store(directory.checkpoints, world.group)
@@ -140,8 +136,9 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         yield world.together(lambda: _opened(job, world, mesh, directory, store, lineage, stack))
 
 
-def _check_backend(job: Job, world: World) -> None:
-    """Raise InputError where the ranks cannot exchange what the layout asks for."""
+def _check_device(job: Job, world: World) -> None:
+    """Raise InputError where the device has not the kernels, or the ranks cannot exchange what the layout asks for."""
+    check_implementations(job, world.device.type)
     if job.layout.pp > 1 and world.device.type == "cuda" and dist.get_backend(world.group) == "gloo":
         raise InputError(
             "--distributed-backend gloo passes no tensors of a GPU from one pipeline stage to the next: use nccl, or "
@@ -167,19 +164,13 @@ def _opened(
     log = stack.enter_context(Log(job.config.logging, speaks=world.is_first, total_steps=total, done_steps=done))
     log.say(describe_size(job))
     log.say(f"run         {directory.root}: {done:,} of {total:,} steps done")
-    log.say(f"samples     in the order computed by {_IMPLEMENTATIONS[permutation.IMPLEMENTATION]}")
-    log.say(f"optimizer   AdamW by {_adamw(job, world)}")
+    for line in describe_implementations(job, world.device.type):
+        log.say(line)
     for reason in lineage.refused.values():
         log.say(f"not used: {reason}")
     if metrics is not None and metrics.dropped:
         log.say(f"dropped {metrics.dropped} lines of metrics that no checkpoint covers: those steps are done again")
     return Run(job, world, mesh, directory, store, lineage, assemble(job, mesh), metrics, log)
-
-
-def _adamw(job: Job, world: World) -> str:
-    """What updates the parameters, where the optimizer's state lies."""
-    on_host = world.device.type == "cpu" or job.config.parallel.optimizer_cpu_offload
-    return _IMPLEMENTATIONS[adamw.IMPLEMENTATION] if on_host else "torch"
 
 
 def _finished(lineage: Lineage, job: Job, segment: Segment) -> str | None:

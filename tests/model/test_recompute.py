@@ -138,11 +138,11 @@ def layer_elements() -> dict[str, int]:
     hidden, query, key = CONFIG.hidden_size, CONFIG.query_width, CONFIG.key_value_width
     return {
         "inputs of the norms": 2 * hidden,
-        "insides of the norms": 2 * (hidden + 1),
+        "insides of the norms": 2,  # the inverse roots
         "inputs of the maps": 2 * hidden,
         "query, key, value, output": 2 * query + 2 * key,
         "statistics of the attention": CONFIG.num_attention_heads,
-        "feed-forward": 4 * CONFIG.feed_forward_width,
+        "feed-forward": 3 * CONFIG.feed_forward_width,
     }
 
 

@@ -27,6 +27,7 @@ MODEL = ("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4
          "--ffn-hidden-size", "96", "--seq-length", "64", "--global-batch-size", "8")  # fmt: skip
 PP2 = ("--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--num-layers", "4")
 TP2 = ("--tensor-model-parallel-size", "2")
+LINEAR = ("--cross-entropy-fusion-impl", "linear")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 
 
@@ -67,6 +68,7 @@ def measured(job: Job, world: World) -> tuple[int, dict[str, int]]:
         ("--micro-batch-size", "4", "--recompute-granularity", "selective", "--recompute-modules", "mlp", "layernorm"),
         ("--micro-batch-size", "4", "--bf16", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"),
         ("--micro-batch-size", "1", "--untie-embeddings-and-output-weights", "--fp16"),
+        ("--micro-batch-size", "4", "--bf16", *LINEAR, "--loss-chunk-tokens", "100"),
     ],
     ids=" ".join,
 )
@@ -94,6 +96,7 @@ def _rank_measures(rank: int, data: TinyData, flags: tuple[str, ...]) -> tuple[i
         (2, (*TP2, "--sequence-parallel", "--micro-batch-size", "4", "--bf16")),
         (2, ("--micro-batch-size", "2")),
         (2, ("--micro-batch-size", "2", "--data-parallel-sharding-strategy", "no_shard")),
+        (2, (*TP2, "--sequence-parallel", "--bf16", *LINEAR)),
         (2, ("--micro-batch-size", "2", "--data-parallel-sharding-strategy", "optim_grads", "--bf16")),
         (2, ("--micro-batch-size", "4", "--context-parallel-size", "2")),
         (4, (*PP2, *TP2, "--sequence-parallel")),
