@@ -19,8 +19,10 @@ from megalrps.kernels.attention_tiles import (
     attention_case,
     check_inputs,
     descriptors_fit,
+    heads_at,
     key_bounds,
     launch,
+    load_head,
     load_rows,
     padded_head,
     rows_at,
@@ -36,7 +38,7 @@ from megalrps.kernels.language import tl, triton
 
 _KEY_VALUE_TILES: TileTable = {
     "descriptors": {32: Tiles(64, 128, 8, 2), 64: Tiles(64, 128, 8, 2), 128: Tiles(64, 64, 8, 2)},
-    "pointers": {32: Tiles(64, 64, 4, 2), 64: Tiles(32, 64, 4, 2), 128: Tiles(32, 64, 8, 2)},
+    "pointers": {32: Tiles(64, 64, 4, 2), 64: Tiles(32, 128, 8, 2), 128: Tiles(32, 64, 8, 2)},
     "fp32": {32: Tiles(16, 32, 4, 2), 64: Tiles(32, 32, 8, 2), 128: Tiles(16, 16, 4, 1)},
 }
 _QUERY_TILES: TileTable = {
@@ -44,7 +46,8 @@ _QUERY_TILES: TileTable = {
     "pointers": {32: Tiles(64, 64, 4, 2), 64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 4, 2)},
     "fp32": {32: Tiles(32, 32, 4, 2), 64: Tiles(32, 32, 8, 2), 128: Tiles(16, 32, 4, 1)},
 }
-_DELTA_ROWS = 64
+_STATISTICS_ROWS = 64
+_PADDING = 128  # the most rows of queries in a tile
 
 
 def attention_backward_triton(
@@ -70,16 +73,17 @@ def attention_backward_triton(
     of_query, of_key, of_value = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     )
-    delta_BNS = _delta(gradient, with_rows(output_BSND))
+    logsumexp_BNP, delta_BNP = _row_statistics(gradient, with_rows(output_BSND), logsumexp_BNS.contiguous())
     if gradient_logsumexp_BNS is not None:  # d logsumexp / d score is the probability: it joins dP - delta
-        delta_BNS -= gradient_logsumexp_BNS
+        delta_BNP[..., :queries] -= gradient_logsumexp_BNS
     if tma is None:
         tma = descriptors_fit(gradient, query, key, value)
     arguments: dict[str, Any] = {
         **tensor_arguments(gradient=gradient, query=query, key=key, value=value),
         **size_arguments(query, key),
-        "logsumexp_pointer": logsumexp_BNS.contiguous(),
-        "delta_pointer": delta_BNS,
+        "logsumexp_pointer": logsumexp_BNP,
+        "delta_pointer": delta_BNP,
+        "padded": delta_BNP.shape[-1],
         "DOCUMENTS": documents is not None,
         "TMA": tma,
     }
@@ -105,28 +109,38 @@ def attention_backward_triton(
     return of_query, of_key, of_value
 
 
-def _delta(gradient_BSND: Tensor, output_BSND: Tensor) -> Tensor:
-    """The sums over D of gradient times output, fp32 [B, N, S]."""
+def _row_statistics(gradient_BSND: Tensor, output_BSND: Tensor, logsumexp_BNS: Tensor) -> Tensor:
+    """Of every row the log-sum-exp in base 2 and delta, the sum over D of gradient times output: fp32 [2, B, N, P].
+
+    P > S by a tile: the rows beyond have no probability, their log-sum-exp being beyond all scores. So tiles of rows
+    are read without a mask, at addresses that differ by constants: of masks and addresses Triton 3.6 keeps one a row.
+    """
     batch, queries, heads, head_size = gradient_BSND.shape
-    delta_BNS = torch.empty((batch, heads, queries), dtype=torch.float32, device=gradient_BSND.device)
-    _delta_kernel[(triton.cdiv(queries, _DELTA_ROWS) * batch * heads,)](
+    padded = (queries // _PADDING + 2) * _PADDING
+    statistics_2BNP = torch.empty((2, batch, heads, padded), dtype=torch.float32, device=gradient_BSND.device)
+    _statistics_kernel[(padded // _STATISTICS_ROWS * batch * heads,)](
         **tensor_arguments(gradient=gradient_BSND, output=output_BSND),
-        delta_pointer=delta_BNS,
+        logsumexp_pointer=logsumexp_BNS,
+        of_logsumexp_pointer=statistics_2BNP[0],
+        of_delta_pointer=statistics_2BNP[1],
         queries=queries,
         heads=heads,
+        padded=padded,
         HEAD=head_size,
         WIDTH=padded_head(head_size),
-        BLOCK_M=_DELTA_ROWS,
+        BLOCK_M=_STATISTICS_ROWS,
         num_warps=4,
     )
-    return delta_BNS
+    return statistics_2BNP
 
 
 @triton.jit
-def _delta_kernel(
+def _statistics_kernel(
     gradient_pointer,
     output_pointer,
-    delta_pointer,
+    logsumexp_pointer,
+    of_logsumexp_pointer,
+    of_delta_pointer,
     gradient_batch,
     gradient_row,
     gradient_head,
@@ -135,11 +149,12 @@ def _delta_kernel(
     output_head,
     queries,
     heads,
+    padded,
     HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    tiles = tl.cdiv(queries, BLOCK_M)
+    tiles = padded // BLOCK_M
     first = tl.program_id(0) % tiles * BLOCK_M
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
@@ -148,8 +163,11 @@ def _delta_kernel(
     gradient = load_rows(gradient_pointer, first, queries, gradient_row, HEAD, BLOCK_M, WIDTH, False, True)
     output = load_rows(output_pointer, first, queries, output_row, HEAD, BLOCK_M, WIDTH, False, True)
     row = first + tl.arange(0, BLOCK_M)
-    delta = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
-    tl.store(delta_pointer + (batch * heads + head) * queries + row, delta, mask=row < queries)
+    at = (batch * heads + head) * queries + row
+    logsumexp = tl.load(logsumexp_pointer + at, mask=row < queries, other=float("inf"))
+    of_row = (batch * heads + head) * padded + row
+    tl.store(of_logsumexp_pointer + of_row, logsumexp * 1.4426950408889634)
+    tl.store(of_delta_pointer + of_row, tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1))
 
 
 @triton.jit
@@ -195,6 +213,7 @@ def _key_value_kernel(
     keys,
     heads,
     group,
+    padded,
     scale,
     HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -224,23 +243,25 @@ def _key_value_kernel(
     begin, whole, end = _query_bounds(ends_pointer, first, queries, keys, BLOCK_M, BLOCK_N, DOCUMENTS)
     of_key = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     of_value = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    for member in range(group):
-        head = (of_group * group + member).to(tl.int64)
-        at_query = query_pointer + batch * query_batch + head * query_head
-        at_gradient = gradient_pointer + batch * gradient_batch + head * gradient_head
-        query_rows = rows_at(at_query, queries, query_row, HEAD, BLOCK_M, WIDTH, TMA)
-        gradient_rows = rows_at(at_gradient, queries, gradient_row, HEAD, BLOCK_M, WIDTH, TMA)
-        at_logsumexp = logsumexp_pointer + (batch * heads + head) * queries
-        at_delta = delta_pointer + (batch * heads + head) * queries
+    query_pointer += batch * query_batch
+    gradient_pointer += batch * gradient_batch
+    query_heads = heads_at(query_pointer, heads, queries, query_head, query_row, HEAD, BLOCK_M, WIDTH, TMA)
+    gradient_heads = heads_at(gradient_pointer, heads, queries, gradient_head, gradient_row, HEAD, BLOCK_M, WIDTH, TMA)
+    in_tile = tl.arange(0, BLOCK_M)
+    for head in range(of_group * group, (of_group + 1) * group):
+        at_logsumexp = logsumexp_pointer + (batch * heads + head) * padded
+        at_delta = delta_pointer + (batch * heads + head) * padded
         for at in tl.range(begin, end, BLOCK_M):
-            query = load_rows(query_rows, at, queries, query_row, HEAD, BLOCK_M, WIDTH, TMA, True)
-            gradient = load_rows(gradient_rows, at, queries, gradient_row, HEAD, BLOCK_M, WIDTH, TMA, True)
-            row = at + tl.arange(0, BLOCK_M)
-            # Rows that are none, or another document's, have a log-sum-exp beyond all scores: no probability.
-            logsumexp = tl.load(at_logsumexp + row, mask=row < end, other=float("inf")) * 1.4426950408889634
-            delta = tl.load(at_delta + row, mask=row < end, other=0.0)
+            query = load_head(query_heads, head, at, queries, query_head, query_row, HEAD, BLOCK_M, WIDTH, TMA)
+            gradient = load_head(
+                gradient_heads, head, at, queries, gradient_head, gradient_row, HEAD, BLOCK_M, WIDTH, TMA
+            )
+            # Added to the pointer one by one: added together first, every row would keep an address of its own.
+            logsumexp = tl.load(at_logsumexp + at + in_tile)
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale - logsumexp[None, :]
-            if at < whole:
+            # The last tile may reach into the next document; beyond all queries there is no probability.
+            if (at < whole) | (DOCUMENTS and at + BLOCK_M > end):
+                row = at + in_tile
                 seen = column[:, None] <= past + row[None, :]
                 if DOCUMENTS:
                     seen = seen & (row[None, :] < limit[:, None])
@@ -248,6 +269,7 @@ def _key_value_kernel(
             weights = tl.math.exp2(scores)
             of_value = tl.dot(weights.to(gradient.dtype), gradient, of_value, input_precision=PRECISION)
             of_weights = tl.dot(value, tl.trans(gradient), input_precision=PRECISION)
+            delta = tl.load(at_delta + at + in_tile)
             of_scores = weights * (of_weights - delta[None, :])
             of_key = tl.dot(of_scores.to(query.dtype), query, of_key, input_precision=PRECISION)
 
@@ -285,6 +307,7 @@ def _query_kernel(
     keys,
     heads,
     group,
+    padded,
     scale,
     HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -312,9 +335,9 @@ def _query_kernel(
     gradient = load_rows(gradient_rows, first, queries, gradient_row, HEAD, BLOCK_M, WIDTH, TMA, True)
     query = load_rows(query_rows, first, queries, query_row, HEAD, BLOCK_M, WIDTH, TMA, True)
     row = first + tl.arange(0, BLOCK_M)
-    at_row = (batch * heads + head) * queries + row
-    logsumexp = tl.load(logsumexp_pointer + at_row, mask=row < queries, other=float("inf")) * 1.4426950408889634
-    delta = tl.load(delta_pointer + at_row, mask=row < queries, other=0.0)
+    at_row = (batch * heads + head) * padded + row
+    logsumexp = tl.load(logsumexp_pointer + at_row)
+    delta = tl.load(delta_pointer + at_row)
     start = row  # unread without documents
     if DOCUMENTS:
         start = tl.load(starts_pointer + row, mask=row < queries, other=0)
@@ -349,17 +372,17 @@ def backward_cases() -> list[CompileCase]:
         ("queries", _query_kernel, ("of_query",), "starts", _QUERY_TILES),
     )
     strides = tuple(f"{each}_{of}" for each in ("gradient", "output") for of in ("batch", "row", "head"))
-    delta = CompileCase(
-        name="attention delta, head 64",
-        kernel=_delta_kernel,
+    statistics = CompileCase(
+        name="attention row statistics, head 64",
+        kernel=_statistics_kernel,
         arguments={f"{each}_pointer": "*bf16" for each in ("gradient", "output")}
-        | {"delta_pointer": "*fp32"}
-        | dict.fromkeys((*strides, "queries", "heads"), "i32"),
-        constants={"HEAD": 64, "WIDTH": 64, "BLOCK_M": _DELTA_ROWS},
-        divisible=(*strides, "queries"),
+        | {f"{each}_pointer": "*fp32" for each in ("logsumexp", "of_logsumexp", "of_delta")}
+        | dict.fromkeys((*strides, "queries", "heads", "padded"), "i32"),
+        constants={"HEAD": 64, "WIDTH": 64, "BLOCK_M": _STATISTICS_ROWS},
+        divisible=(*strides, "queries", "padded"),
         required=required_everywhere(VECTOR_LOAD),
     )
-    return [delta] + [
+    return [statistics] + [
         attention_case(f"gradients of {name}", kernel, inputs, outputs, border, table, *case)
         for name, kernel, outputs, border, table in kernels
         for case in CASES

@@ -70,9 +70,10 @@ def descriptors_fit(*tensors: Tensor) -> bool:
 
 
 def aligned(x: Tensor) -> bool:
-    """Whether a descriptor can be made of the rows of each head of ``x`` [B, S, N, D]."""
+    """Whether a descriptor can be made of the rows of one head of ``x`` [B, S, N, D], and of all heads."""
     bytes_between = [stride * x.element_size() for stride in x.stride()[:-1]]
-    return x.data_ptr() % 16 == 0 and x.stride(1) > 0 and not any(distance % 16 for distance in bytes_between)
+    apart = x.stride(1) > 0 and x.stride(2) > 0
+    return x.data_ptr() % 16 == 0 and apart and not any(distance % 16 for distance in bytes_between)
 
 
 def with_rows(x: Tensor) -> Tensor:
@@ -159,6 +160,46 @@ def load_rows(
 
 
 @triton.jit
+def heads_at(
+    pointer,
+    heads,
+    rows,
+    head_stride,
+    row_stride,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows [heads, rows, HEAD] from ``pointer`` on, for load_head: one descriptor of the tiles of all heads, or it."""
+    if TMA:
+        return tl.make_tensor_descriptor(pointer, [heads, rows, HEAD], [head_stride, row_stride, 1], [1, BLOCK, WIDTH])
+    else:  # noqa: RET505
+        return pointer
+
+
+@triton.jit
+def load_head(
+    source,
+    head,
+    first,
+    rows,
+    head_stride,
+    row_stride,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows ``first`` on of ``head`` as [BLOCK, WIDTH], with zeros beyond ``rows`` and beyond HEAD."""
+    if TMA:
+        return source.load([head, first, 0]).reshape([BLOCK, WIDTH])
+    else:  # noqa: RET505
+        source += tl.cast(head, tl.int64) * head_stride
+        return load_rows(source, first, rows, row_stride, HEAD, BLOCK, WIDTH, False, True)
+
+
+@triton.jit
 def store_rows(pointer, block, first, rows, stride, HEAD: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Write the rows of ``block`` below ``rows``, and its columns below HEAD."""
     row = tl.arange(0, BLOCK)[:, None]
@@ -199,6 +240,7 @@ def attention_case(
     tma, element = kind == "descriptors", "*fp32" if kind == "fp32" else "*bf16"
     strides = tuple(f"{each}_{of}" for each in inputs for of in ("batch", "row", "head"))
     sizes = ("queries", "keys", "heads", "group")
+    backward = "gradient" in inputs
     rows = tiles.keys if border == "ends" else tiles.queries
     # A warp group multiplies 64 rows at least; tiles of fewer go to the older instruction.
     core = {"sm_80": TENSOR_CORE["sm_80"], "sm_90": TENSOR_CORE["sm_90" if rows >= 64 else "sm_80"]}
@@ -209,7 +251,7 @@ def attention_case(
         arguments={f"{each}_pointer": element for each in (*inputs, *outputs)}
         | dict.fromkeys(strides + sizes, "i32")
         | {"scale": "fp32", "logsumexp_pointer": "*fp32"}
-        | ({"delta_pointer": "*fp32"} if "gradient" in inputs else {})
+        | ({"delta_pointer": "*fp32", "padded": "i32"} if backward else {})
         | ({f"{border}_pointer": "*i32"} if documents else {}),
         constants={
             "HEAD": head,
@@ -223,7 +265,7 @@ def attention_case(
         | ({} if documents else {f"{border}_pointer": None}),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        divisible=(*strides, "queries", "keys"),
+        divisible=(*strides, "queries", "keys", *(["padded"] if backward else [])),
         required={target: (instruction, fetch) for target, instruction in core.items()},
         targets=targets,
     )

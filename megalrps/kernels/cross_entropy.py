@@ -9,7 +9,9 @@ Bytes for V logits of e bytes a token: e V forwards (one read), 2 e V backwards 
 asked). On a GPU the forward pass keeps a largest logit and a sum for each lane of a row (Milakov and Gimelshein 2018,
 arXiv 1805.02867, algorithm 3) and takes one exponential an element: of the two that the update has, one is of 0.
 On a CPU both passes go over blocks of rows that stay in its cache: there the first touch of a fresh T x V buffer costs
-as much as the arithmetic.
+as much as the arithmetic. Logits that may be overwritten and are as wide as the sums (fp32, fp64) become their
+exponentials there as early as in the forward pass, so that each is taken once; the backward pass scales them. Narrower
+ones do not: each would be rounded twice (NVIDIA/TransformerEngine#3193).
 """
 
 from typing import Any
@@ -29,10 +31,14 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, overwrite_logits: bool
     """The loss of each token in nats, [T] in fp32 (fp64 for fp64 logits); ``labels_T`` holds indices in [0, V).
 
     With ``overwrite_logits`` the backward pass writes the gradient into the logits' own storage, which halves the
-    memory of the largest tensors of a step. Only for logits nobody reads afterwards; autograd refuses a second
-    backward pass.
+    memory of the largest tensors of a step. On a CPU this call itself overwrites fp32 and fp64 logits if they need a
+    gradient: with intermediate values of no use to others. Only for logits nobody reads after the call; autograd
+    refuses a second backward pass. Where no gradient is needed nothing is overwritten.
     """
-    losses_T: Tensor = _CrossEntropy.apply(logits_TV, labels_T, overwrite_logits)
+    needs_gradient = torch.is_grad_enabled() and logits_TV.requires_grad
+    wide_on_cpu = logits_TV.device.type == "cpu" and logits_TV.dtype == _accumulation_type(logits_TV)
+    function = _OverwritingCrossEntropy if overwrite_logits and needs_gradient and wide_on_cpu else _CrossEntropy
+    losses_T: Tensor = function.apply(logits_TV, labels_T, overwrite_logits)
     return losses_T
 
 
@@ -58,6 +64,24 @@ class _CrossEntropy(torch.autograd.Function):
             cross_entropy_gradient_(logits_TV, labels_T, logsumexp_T, gradient_T)
             return logits_TV, None, None
         return cross_entropy_gradient(logits_TV, labels_T, logsumexp_T, gradient_T), None, None
+
+
+class _OverwritingCrossEntropy(torch.autograd.Function):
+    """On a CPU, one exponential for both passes: forwards the logits z of a row with maximum m become exp(z - m)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, _: bool) -> Tensor:
+        label_logit_T = logits_TV.gather(1, labels_T[:, None]).squeeze(1)
+        largest_T, sum_T = _exponentials_(logits_TV)
+        ctx.save_for_backward(logits_TV, labels_T, sum_T)
+        return (sum_T.log() + largest_T).sub_(label_logit_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None]:
+        exponential_TV, labels_T, sum_T = ctx.saved_tensors
+        gradient_TV = exponential_TV.mul_((gradient_T / sum_T).unsqueeze(1))
+        return gradient_TV.scatter_add_(1, labels_T[:, None], -gradient_T[:, None]), None, None
 
 
 def cross_entropy_statistics(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +143,17 @@ def gradient_reference_(
         block.scatter_add_(1, local_T[rows, None], of_label_T[rows, None])
         if not wide:
             output_TV[rows] = block
+
+
+def exponentials_reference_(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite each row's z by exp(z - largest); the largest of each row and the row sums of what it became, [T]."""
+    largest_T = logits_TV.new_empty(logits_TV.shape[0])
+    sum_T = torch.empty_like(largest_T)
+    for rows in row_blocks(logits_TV):
+        block = logits_TV[rows]
+        torch.amax(block, 1, out=largest_T[rows])
+        torch.sum(block.sub_(largest_T[rows, None]).exp_(), 1, out=sum_T[rows])
+    return largest_T, sum_T
 
 
 def _accumulation_type(logits: Tensor) -> torch.dtype:
@@ -269,6 +304,11 @@ def _gradient_(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, gradien
     gradient_reference_(logits_TV, logits_TV, labels_T, logsumexp_T, gradient_T)
 
 
+@torch.library.custom_op("megalrps::cross_entropy_exponentials_", mutates_args=("logits_TV",), device_types="cpu")
+def _exponentials_(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    return exponentials_reference_(logits_TV)
+
+
 _statistics.register_kernel("cuda")(statistics_triton)
 _gradient.register_kernel("cuda")(gradient_triton)
 _gradient_.register_kernel("cuda")(gradient_triton_)
@@ -288,6 +328,12 @@ def _(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, gradient_T: Tens
 @_gradient_.register_fake
 def _(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, gradient_T: Tensor) -> None:
     return None
+
+
+@_exponentials_.register_fake
+def _(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    largest_T = logits_TV.new_empty(logits_TV.shape[0])
+    return largest_T, torch.empty_like(largest_T)
 
 
 def compile_cases() -> list[CompileCase]:
