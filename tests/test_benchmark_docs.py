@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,38 @@ def precision_of_bf16(result: Mapping[str, Any]) -> str:
     return f"bf16 on one process parts from fp32 by {own['loss_nats']:.1e} nats and {own['parameter']:.1e}"
 
 
+def throughput_conditions(result: Mapping[str, Any]) -> str:
+    names = ("python", "torch", "transformers", "accelerate")
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in names)
+    before, after = (result["load_average"][when][0] for when in ("before", "after"))
+    return (
+        f"`{result['command']}`: {result['date']}, {result['device']['threads']} thread, {versions}; "
+        f"{result['rounds']} rounds of {result['updates_a_turn']} updates; load average {before:.2f} before and "
+        f"{after:.2f} after."
+    )
+
+
+def throughput_table(*results: Mapping[str, Any]) -> str:
+    rows = [("model", "", "tokens/s", "tokens a CPU s", "CPU s an update", "ratio", "by CPU s", "of the best turns")]
+    for result in results:
+        shape = result["shape"]
+        label = f"`{shape['preset']}`, {shape['global_batch_size']} x {shape['sequence_length']}"
+        for name, row in result["contenders"].items():
+            ratio = result["ratio"].get(name)
+            ratios = ("", "", "")
+            if ratio is not None:
+                best = ratio["of_minima"]["cpu"]
+                ratios = tuple(
+                    f"{each:.2f}" for each in (ratio["tokens_per_second"], ratio["tokens_per_cpu_second"], best)
+                )
+            speed = (f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_cpu_second']:,.0f}")
+            rows.append((label, name, *speed, f"{row['cpu_seconds_per_update']:.3f}", *ratios))
+    return table(*rows)
+
+
+THROUGHPUT = ("throughput_20m", "throughput_20m_small", "throughput_3m")
+
+
 QUOTED: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
     ("model_step_cpu", conditions),
     ("model_step_cpu", model_step_table),
@@ -129,6 +162,7 @@ QUOTED: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
     ("parallel", parallel_memory),
     ("layout_precision", precision_table),
     ("layout_precision", precision_of_bf16),
+    *((name, throughput_conditions) for name in THROUGHPUT),
 ]
 
 
@@ -141,6 +175,26 @@ def test_the_page_quotes_the_results(name: str, render: Callable[[Mapping[str, A
     expected = render(read(name))
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
     assert " ".join(expected.split()) in page, f"docs/benchmarks.md should say:\n\n{expected}\n"
+
+
+def test_the_page_quotes_the_throughput_of_all_shapes() -> None:
+    expected = throughput_table(*(read(name) for name in THROUGHPUT))
+    assert expected in PAGE.read_text(encoding="utf-8"), f"docs/benchmarks.md should say:\n\n{expected}\n"
+
+
+@pytest.mark.parametrize("name", THROUGHPUT)
+def test_who_trained_beside_us_trained_the_same_model(name: str) -> None:
+    result = read(name)
+    assert set(result["contenders"]) == {"ours", *result["ratio"]} == set(result["compares"])
+    assert all(apart < 1e-5 for apart in result["largest_loss_difference_nats"].values())
+
+
+def test_memory_is_quoted_to_the_letter() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import memory
+
+    for page, text in memory.pages(read("memory")).items():
+        assert page.read_text(encoding="utf-8") == text, f"{page} is stale: python benchmarks/memory.py --pages-only"
 
 
 @pytest.mark.parametrize("name", ["model_step_cpu", "checkpoint_cpu", "parallel"])

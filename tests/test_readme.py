@@ -85,6 +85,7 @@ def test_the_commands_are_the_ones_this_file_runs():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # a dozen commands, each with a limit of its own
 def test_the_commands_run_in_their_order(clone: Path):
     for line in lines_of_commands():
         if line == "make test" or line.startswith("PIP_EXTRA_INDEX_URL"):

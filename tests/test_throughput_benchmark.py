@@ -219,7 +219,7 @@ def test_a_missing_package_is_named_with_its_mend(monkeypatch: pytest.MonkeyPatc
     [
         (("--rounds", "0"), (), "--rounds 0: must be at least 1"),
         (("--profile-steps", "-1"), (), "--profile-steps -1: must be at least 0"),
-        (("--json", "no/such/place.json"), (), "there is no directory no/such"),
+        (("--output", "no/such/place.json"), (), "there is no directory no/such"),
         ((), ("--preset", "llama-9b"), "--preset llama-9b is unknown"),
         ((), ("--tensor-model-parallel-size", "2"), "of one process"),
         ((), ("--global-batch-size", "5", "--micro-batch-size", "2"), "--micro-batch-size 2 does not divide the 5"),

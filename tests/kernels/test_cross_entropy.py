@@ -92,11 +92,32 @@ def test_overwriting_uses_the_logits_storage_and_refuses_a_second_backward():
         total.backward()
 
 
-def test_keeps_the_logits_and_one_number_a_row():
+@pytest.mark.parametrize(("dtype", "needs_gradient"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_logits_that_are_narrow_or_need_no_gradient_outlive_the_forward_pass(dtype, needs_gradient):
+    logits, labels = logits_and_labels(6, 11, dtype)
+    shared = logits * 1
+    with torch.set_grad_enabled(needs_gradient):
+        losses = cross_entropy(shared, labels, overwrite_logits=True)
+    assert torch.equal(shared, logits)
+    assert torch.equal(losses, cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_extreme_logits_have_the_gradient_of_the_formula(overwrite):
+    """Logits of -inf, as of a padded vocabulary, have no share; neither have those far below the largest."""
+    logits = torch.tensor([[1e4, 0.0, -1e4], [-100.0, -100.0, -math.inf], [-1e4, 88.0, 89.0]], requires_grad=True)
+    labels, weights = torch.tensor([1, 0, 2]), torch.tensor([2.0, 3.0, -1.0])
+    (expected,) = torch.autograd.grad((cross_entropy_reference(logits, labels) * weights).sum(), logits)
+    cross_entropy(logits * 1, labels, overwrite_logits=overwrite).backward(weights)
+    torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_keeps_the_logits_and_one_number_a_row(overwrite):
     logits, labels = logits_and_labels(6, 11)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        cross_entropy(logits, labels)
+        cross_entropy(logits, labels, overwrite_logits=overwrite)
     assert [tuple(x.shape) for x in kept if x.is_floating_point()] == [(6, 11), (6,)]
 
 
@@ -220,3 +241,4 @@ def test_the_operations_keep_their_contract():
     opcheck(module._statistics, (logits, labels))
     opcheck(module._gradient, (logits, labels, logsumexp, gradient))
     opcheck(module._gradient_, (logits, labels, logsumexp, gradient))
+    opcheck(module._exponentials_, (logits.cpu(),))

@@ -24,7 +24,7 @@ def unsummed(parts: Tensor, group: Group) -> Any:
     return mock.Mock(wait=lambda: parts[group.rank])
 
 
-def aligned_with_the_first_key(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def aligned_with_the_first_key(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
     heads = [x.transpose(1, 2) for x in (query, key, value)]
     return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
 
