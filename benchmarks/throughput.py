@@ -3,7 +3,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/throughput.py --preset llama-20m --peer hf,hf-loop
     python benchmarks/throughput.py --device cuda --preset llama-1.2b --seq-length 2048 --micro-batch-size 8 \\
-        --global-batch-size 32 --peer hf,torch-compile --json result.json
+        --global-batch-size 32 --peer hf,torch-compile --output result.json
 
 Ours is the loop of pretrain_gpt.py, step by step: samples, passes, clipping, AdamW, the line of metrics. Each contender
 lives in a process of its own; they take turns, another one first in each round, and train on the same samples from the
@@ -77,7 +77,7 @@ class Options:
     profile_steps: int
     threads: int
     one_at_a_time: bool
-    json: Path | None
+    output: Path | None
 
     def check(self) -> None:
         """Raise InputError for numbers and peers that nothing can be measured with."""
@@ -93,8 +93,8 @@ class Options:
                 raise InputError(f"{flag} {value}: must be at least {least}")
         for name in self.peers:
             check_peer(name)
-        if self.json is not None and not self.json.parent.is_dir():
-            raise InputError(f"--json {self.json}: there is no directory {self.json.parent}; make it first")
+        if self.output is not None and not self.output.parent.is_dir():
+            raise InputError(f"--output {self.output}: there is no directory {self.output.parent}; make it first")
 
     @property
     def updates(self) -> int:
@@ -116,7 +116,7 @@ def parsed(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     parser.add_argument("--profile-steps", type=int, default=2, help="updates of the breakdown; 0: no breakdown")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in every contender")
     parser.add_argument("--one-at-a-time", action="store_true", help="start and end a contender for every turn")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here too")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="write all figures here too")
     known, rest = parser.parse_known_args(arguments)
     values = vars(known)
     peers = tuple(dict.fromkeys(name.strip() for name in values.pop("peer").split(",") if name.strip()))
@@ -272,8 +272,8 @@ def main() -> None:
     options, rest = parsed(sys.argv[1:])
     result = measure(options, rest)
     show(result)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def _row_statistics(gradient_BSND: Tensor, output_BSND: Tensor, logsumexp_BNS: T
     """Of every row the log-sum-exp in base 2 and delta, the sum over D of gradient times output: fp32 [2, B, N, P].
 
     P > S by a tile: the rows beyond have no probability, their log-sum-exp being beyond all scores. So tiles of rows
-    are read without a mask, at addresses that differ by constants: of masks and addresses Triton 3.6 keeps one a row.
+    are read without a mask, of which Triton 3.6 keeps one a row in registers.
     """
     batch, queries, heads, head_size = gradient_BSND.shape
     padded = (queries // _PADDING + 2) * _PADDING
@@ -187,6 +187,15 @@ def _query_bounds(
 
 
 @triton.jit
+def _load_statistic(pointer, at, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):
+    """One number of each row of a tile. How the address is written decides what spills, under Triton 3.6 above all."""
+    if PRECISION == "tf32x3":  # fp32: the other way the compiler lays the products out worse, with a third more of them
+        return tl.load(pointer + (at + tl.arange(0, BLOCK_M)))
+    else:  # noqa: RET505
+        return tl.load(pointer + at + tl.arange(0, BLOCK_M))  # else every row keeps an address in registers
+
+
+@triton.jit
 def _key_value_kernel(
     gradient_pointer,
     query_pointer,
@@ -247,7 +256,6 @@ def _key_value_kernel(
     gradient_pointer += batch * gradient_batch
     query_heads = heads_at(query_pointer, heads, queries, query_head, query_row, HEAD, BLOCK_M, WIDTH, TMA)
     gradient_heads = heads_at(gradient_pointer, heads, queries, gradient_head, gradient_row, HEAD, BLOCK_M, WIDTH, TMA)
-    in_tile = tl.arange(0, BLOCK_M)
     for head in range(of_group * group, (of_group + 1) * group):
         at_logsumexp = logsumexp_pointer + (batch * heads + head) * padded
         at_delta = delta_pointer + (batch * heads + head) * padded
@@ -256,12 +264,12 @@ def _key_value_kernel(
             gradient = load_head(
                 gradient_heads, head, at, queries, gradient_head, gradient_row, HEAD, BLOCK_M, WIDTH, TMA
             )
-            # Added to the pointer one by one: added together first, every row would keep an address of its own.
-            logsumexp = tl.load(at_logsumexp + at + in_tile)
+            logsumexp = _load_statistic(at_logsumexp, at, BLOCK_M, PRECISION)
+            delta = _load_statistic(at_delta, at, BLOCK_M, PRECISION)
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale - logsumexp[None, :]
             # The last tile may reach into the next document; beyond all queries there is no probability.
             if (at < whole) | (DOCUMENTS and at + BLOCK_M > end):
-                row = at + in_tile
+                row = at + tl.arange(0, BLOCK_M)
                 seen = column[:, None] <= past + row[None, :]
                 if DOCUMENTS:
                     seen = seen & (row[None, :] < limit[:, None])
@@ -269,7 +277,6 @@ def _key_value_kernel(
             weights = tl.math.exp2(scores)
             of_value = tl.dot(weights.to(gradient.dtype), gradient, of_value, input_precision=PRECISION)
             of_weights = tl.dot(value, tl.trans(gradient), input_precision=PRECISION)
-            delta = tl.load(at_delta + at + in_tile)
             of_scores = weights * (of_weights - delta[None, :])
             of_key = tl.dot(of_scores.to(query.dtype), query, of_key, input_precision=PRECISION)
 
