@@ -134,7 +134,7 @@ class Layers(Protocol):
         """Causal attention of the heads this process holds, [B, S, N, D]."""
 
     def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-        """Token losses [T] from the head's output. It owns the logits: the backward pass may overwrite them."""
+        """Token losses [T] from the head's output. It owns the logits: both passes may overwrite them."""
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ class Transformer(nn.Module):
         return self.loss_of_output(self.output(inputs), labels_BS, loss_mask_BS)
 
     def loss_of_output(self, output: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:
-        """Summed loss of what :meth:`output` of a stage with the head gave; the backward pass may overwrite that.
+        """Summed loss of what :meth:`output` of a stage with the head gave.
 
-        Mask as in :meth:`loss_of_logits`.
+        This call and the backward pass may overwrite that. Mask as in :meth:`loss_of_logits`.
         """
         if self._activations.cross_entropy_fusion_impl == "native":
             return self.loss_of_logits(output, labels_BS, loss_mask_BS)
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         return _summed(of_head(output, labels_BS, chunk_tokens), labels_BS, loss_mask_BS)
 
     def loss_of_logits(self, logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:
-        """Summed loss of this model's whole logits; the backward pass may overwrite them.
+        """Summed loss of this model's whole logits; this call and the backward pass may overwrite them.
 
         Tokens where ``loss_mask_BS`` is 0 or False count for nothing; their labels must still lie in the vocabulary.
         """
