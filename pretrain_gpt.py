@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from megalrps.commandline import run_tool
 from megalrps.config import Config, parse_config
 from megalrps.errors import InputError, RepeatedError
-from megalrps.training.signals import die_with_launcher
+from megalrps.training.signals import StopRequest, die_with_launcher
 
 
 def main() -> None:
@@ -43,8 +43,8 @@ def parsed(arguments: Sequence[str]) -> Config:
 def describe(config: Config) -> None:
     """What ``--dry-run`` prints."""
     from megalrps.training.describe import describe_job, job_as_json
+    from megalrps.training.opening import check_place
     from megalrps.training.prepare import prepare
-    from megalrps.training.run import check_place
 
     world_size = config.world_size
     if world_size is None:
@@ -61,17 +61,18 @@ def pretrain(config: Config) -> None:
     from megalrps.evaluation.releases import evaluate_releases, finish_run
     from megalrps.parallel.world import open_world
     from megalrps.training.loop import train
-    from megalrps.training.run import open_run
+    from megalrps.training.opening import open_run
 
     runtime = config.runtime
     with (
+        StopRequest(runtime.exit_duration_in_mins).listening() as stop,
         open_world(
             os.environ,
             device=runtime.device,
             backend=runtime.distributed_backend,
             timeout_minutes=runtime.distributed_timeout_minutes,
         ) as world,
-        open_run(config, world) as run,
+        open_run(config, world, stop) as run,
     ):
         train(run)
         evaluate_releases(run)

@@ -29,8 +29,8 @@ from megalrps.model.transformer import Transformer
 from megalrps.parallel.buffers import decays_matrices
 from megalrps.parallel.world import open_world
 from megalrps.training.loop import Loop
+from megalrps.training.opening import open_run
 from megalrps.training.prepare import Job, prepare
-from megalrps.training.run import open_run
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How every command line of the project ends: status 0, or one line for the user and status 2, or our own traceback."""
+"""How every command line of the project ends: status 0, or one line and a status of megalrps.errors, or a traceback."""
 
 import errno
 import io
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from megalrps.errors import EXIT_INPUT_ERROR, InputError, RepeatedError
+from megalrps.errors import EXIT_INPUT_ERROR, EXIT_NO_SPACE, PreemptedError, RepeatedError, ToldError
 
 EXIT_INTERRUPTED = 130
 """What a shell reports for a program ended by the interrupt key."""
@@ -17,26 +17,16 @@ EXIT_BROKEN_PIPE = 141
 
 _SECONDS_TO_REPORT = 1.0
 
-_ENVIRONMENT_ERRORS = frozenset(
-    {
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.ENAMETOOLONG,
-        errno.EISDIR,
-        errno.ENOTDIR,
-    }
-)
+_NO_SPACE = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT})
+_ENVIRONMENT_ERRORS = _NO_SPACE | {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR}
 """Failures of the operating system that only the user can mend; any other one may well be a defect of ours."""
 
 
 def run_tool(main: Callable[[], None], program: str) -> NoReturn:
-    """Run ``main`` and leave the process: ``PROGRAM: error: ...`` on standard error and status 2 for the user's errors.
+    """Run ``main`` and leave the process: ``PROGRAM: error: ...`` on standard error and the status of a ToldError.
 
-    Those are InputError and the operating system's refusals (no permission, full disk, ...); any other exception is a
-    defect and passes through with its traceback.
+    The operating system's refusals (no permission, full disk, ...) are told so too; any other exception is a defect and
+    passes through with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # where the encoding lacks a character, a '?' beats a traceback
@@ -44,12 +34,15 @@ def run_tool(main: Callable[[], None], program: str) -> NoReturn:
     try:
         main()
         sys.stdout.flush()
-    except RepeatedError:
+    except RepeatedError as error:
         # torchrun ends all ranks as soon as one has ended: let the one that reports the mistake do so first.
         time.sleep(_SECONDS_TO_REPORT)
-        sys.exit(EXIT_INPUT_ERROR)
-    except InputError as error:
-        _fail(program, str(error))
+        sys.exit(error.status)
+    except PreemptedError as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        sys.exit(error.exit_status)
+    except ToldError as error:
+        _fail(program, str(error), error.exit_status)
     except BrokenPipeError:
         # The reader of our output has left (`... | head`): what is still buffered goes nowhere, without a complaint
         # when the interpreter flushes it at exit.
@@ -61,6 +54,7 @@ def run_tool(main: Callable[[], None], program: str) -> NoReturn:
         _fail(
             program,
             f"{error.filename or 'a file'}: {error.strerror}; check the path, its permissions and the space left",
+            EXIT_NO_SPACE if error.errno in _NO_SPACE else EXIT_INPUT_ERROR,
         )
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
@@ -68,6 +62,6 @@ def run_tool(main: Callable[[], None], program: str) -> NoReturn:
     sys.exit(0)
 
 
-def _fail(program: str, message: str) -> NoReturn:
+def _fail(program: str, message: str, status: int) -> NoReturn:
     sys.stderr.write(f"{program}: error: {' '.join(message.split())}\n")
-    sys.exit(EXIT_INPUT_ERROR)
+    sys.exit(status)

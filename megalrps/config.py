@@ -27,6 +27,7 @@ from megalrps.training.options import (
     LossScaleOptions,
     OptimizerOptions,
     RuntimeOptions,
+    StabilityOptions,
     TrainingOptions,
 )
 
@@ -65,6 +66,7 @@ class Config:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     kernels: KernelOptions = field(default_factory=KernelOptions)
     scaling: LossScaleOptions = field(default_factory=LossScaleOptions)
+    stability: StabilityOptions = field(default_factory=StabilityOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
@@ -82,7 +84,9 @@ class Config:
         self.training.check(layout.dp)
         self.optimizer.check()
         self.scaling.check(self.training.fp16)
+        self.stability.check()
         self.logging.check()
+        self.runtime.check()
         if self.checkpoint.save or not self.dry_run:
             self.checkpoint.check()
 

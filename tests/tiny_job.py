@@ -27,7 +27,8 @@ from megalrps.data.manifest import TokenizerIdentity, describe_dataset, write_ma
 from megalrps.evaluation.releases import evaluate_releases, finish_run
 from megalrps.parallel.world import World
 from megalrps.training.loop import train
-from megalrps.training.run import Run, open_run
+from megalrps.training.opening import open_run
+from megalrps.training.run import Run
 
 ENTRY = Path(__file__).parents[1] / "pretrain_gpt.py"
 ALONE = World(0, 1, torch.device("cpu"), None)

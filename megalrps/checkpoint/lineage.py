@@ -4,7 +4,7 @@ There is no index beside the manifests that could disagree with them. A damaged 
 silence: it is listed in :attr:`Lineage.refused` with the reason, and questions are answered from the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,14 +71,15 @@ class Lineage:
         """The released checkpoints, in the order of training."""
         return tuple(name for name in self.all() if self.records[name].kind == "release")
 
-    def prunable(self, keep: int) -> tuple[str, ...]:
+    def prunable(self, keep: int, used: Collection[str] = ()) -> tuple[str, ...]:
         """The periodic checkpoints that are not among the newest ``keep`` of their path, oldest first.
 
-        Forks, releases and ends are never among them, nor is anything another checkpoint descends from.
+        Forks, releases and ends are never among them, nor is anything another checkpoint descends from or that is
+        ``used``: what references and leases name.
         """
         if keep < 0:
             raise ValueError(f"cannot keep {keep} checkpoints")
-        needed = {record.parent for record in self.records.values()}
+        needed: set[str | None] = {*used, *(record.parent for record in self.records.values())}
         for path in {record.path for record in self.records.values()}:
             periodic = [
                 name for name in self.all() if self.records[name].path == path and not self.records[name].permanent

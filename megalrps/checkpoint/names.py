@@ -34,6 +34,16 @@ def check_name(name: str) -> str:
     return name
 
 
+def path_of(name: str) -> str:
+    """The path that the checkpoint ``name`` is of; see :func:`checkpoint_name`."""
+    return name.rpartition("-")[0]
+
+
+def name_of_hidden(hidden: str) -> str:
+    """The checkpoint that the :func:`hidden_name` ``hidden`` was made for."""
+    return hidden[1:].rsplit(".", 2)[0]
+
+
 def hidden_name(name: str, state: str) -> str:
     """A name never used before for the checkpoint ``name`` in ``state``: PARTIAL, TRASH or REFUSED."""
     return f".{check_name(name)}.{secrets.token_hex(8)}.{state}"

@@ -1,10 +1,10 @@
 """The record of a checkpoint: what training says of the state it saved, in the terms of the plan. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 KINDS = ("periodic", "fork", "release", "end")
 """periodic: within a segment. The others end one: fork, a branch starts here; release, a model ships; end, neither."""
@@ -40,6 +40,16 @@ class CheckpointRecord:
     """The resolved configuration, as JSON."""
     data: Mapping[str, str]
     """Content fingerprints of the data, by increment."""
+    layout: Mapping[str, int] = field(default_factory=dict)
+    """Ranks by dimension (``tp``, ``pp``, ``cp``, ``dp``) of the launch that saved it; any layout loads it."""
+    random: Mapping[str, Any] = field(default_factory=dict)
+    """The random state: seeds alone, where nothing draws after the initialisation but what is keyed by them."""
+    allowed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By option: what was changed on the way here that changes the result (``was``, ``is``), and the ``reason``."""
+    skipped: int = 0
+    """Updates along the trajectory that were left out because a loss or gradient was no number."""
+    recent_losses: tuple[float, ...] = ()
+    """The last losses of the trajectory, oldest first, that the detector of spikes compares the next one with."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -54,19 +64,26 @@ class CheckpointRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object a manifest carries as its ``record``."""
-        return {"record_version": RECORD_VERSION} | asdict(self)
+        return {"record_version": RECORD_VERSION} | asdict(self) | {"recent_losses": list(self.recent_losses)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "CheckpointRecord":
-        """The record back; raises ValueError for another version, or a missing, unknown or mistyped field."""
-        if value.get("record_version") != RECORD_VERSION:
-            raise ValueError(f"record version {value.get('record_version')!r} is not {RECORD_VERSION}")
+        """The record back; raises ValueError for another version, or a missing, unknown or mistyped field.
+
+        Version 1 had not the fields of _SINCE_2.
+        """
+        version = value.get("record_version")
+        if version not in (1, RECORD_VERSION):
+            raise ValueError(f"record version {version!r} is not {RECORD_VERSION}")
+        types = {name: kinds for name, kinds in _TYPES.items() if version == RECORD_VERSION or name not in _SINCE_2}
         members = {key: member for key, member in value.items() if key != "record_version"}
-        if members.keys() != _TYPES.keys():
-            raise ValueError(f"the record's fields differ in {sorted(members.keys() ^ _TYPES.keys())}")
-        for name, kinds in _TYPES.items():
+        if members.keys() != types.keys():
+            raise ValueError(f"the record's fields differ in {sorted(members.keys() ^ types.keys())}")
+        for name, kinds in types.items():
             if type(members[name]) not in kinds:
                 raise ValueError(f"the record's {name} is a {type(members[name]).__name__}")
+        if version == RECORD_VERSION:
+            members["recent_losses"] = tuple(members["recent_losses"])
         return CheckpointRecord(**members)
 
 
@@ -85,4 +102,10 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "train_seconds": (int, float),
     "config": _OBJECT,
     "data": _OBJECT,
+    "layout": _OBJECT,
+    "random": _OBJECT,
+    "allowed": _OBJECT,
+    "skipped": _COUNT,
+    "recent_losses": (list,),
 }
+_SINCE_2 = frozenset({"layout", "random", "allowed", "skipped", "recent_losses"})

@@ -6,6 +6,7 @@ The protocol, of which each step is durable before the next begins:
 2. every rank that has something to write makes its shard file there, hashed while written, and flushes it to the disk;
 3. rank 0, told by all ranks that they have, writes the manifest and flushes it and the directory;
 4. rank 0 renames the directory to ``<name>`` and flushes the parent: the checkpoint exists, never to be written again.
+   Who publishes does so under a lock of its own, in which it may refuse and in which it moves its reference.
 
 A process that dies anywhere leaves either nothing under ``<name>`` or all of it.
 """
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from megalrps.checkpoint.errors import CheckpointExistsError, CorruptCheckpointE
 from megalrps.checkpoint.manifest import MANIFEST_FILE, Chunk, Manifest, TensorEntry, parse_manifest, render
 from megalrps.checkpoint.names import PARTIAL, check_name, hidden_name
 from megalrps.checkpoint.planners import DTYPE_NAMES, DTYPES
+from megalrps.checkpoint.publication import Publish, publish_at_once
 from megalrps.checkpoint.shards import Shard, ShardWriter, open_shard, read_into
 from megalrps.files import sync_directory, write_text
 from megalrps.fingerprint import canonical_json
@@ -66,14 +69,18 @@ class _Written:
 class CheckpointWriter(StorageWriter):
     """Writes the checkpoint ``name`` with rank 0's ``record`` (JSON) into the store at ``directory``; for one save.
 
-    Raises InputError for a name that cannot be one, CheckpointExistsError when the name is taken, OSError as the file
-    system does.
+    ``publish`` is called on rank 0 when all is written and durable but for the rename. Raises InputError for a name
+    that cannot be one, CheckpointExistsError when the name is taken, OSError as the file system does, and what
+    ``publish`` raises.
     """
 
-    def __init__(self, directory: Path, name: str, record: Mapping[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, name: str, record: Mapping[str, Any], publish: Publish = publish_at_once
+    ) -> None:
         self._directory = directory
         self._name = name
         self._record = record
+        self._publish = publish
         self._partial: Path | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -91,11 +98,11 @@ class CheckpointWriter(StorageWriter):
         if any(plan.storage_data != self._name for plan in plans):
             raise ValueError(f"the ranks save under different names: {sorted({plan.storage_data for plan in plans})}")
         self._refuse_taken_name()
-        partial = self._directory / hidden_name(self._name, PARTIAL)
-        partial.mkdir()
-        self._partial = partial
+        made = self._directory / hidden_name(self._name, PARTIAL)
+        made.mkdir()
+        self._partial = made
         return [
-            replace(plan, storage_data=_Place(partial.name, f"rank-{rank:05d}.bin")) for rank, plan in enumerate(plans)
+            replace(plan, storage_data=_Place(made.name, f"rank-{rank:05d}.bin")) for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -112,9 +119,10 @@ class CheckpointWriter(StorageWriter):
         assert self._partial is not None, "prepare_global_plan comes first"
         manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank])
         text = render(manifest.to_json())
-        metadata.storage_data = parse_manifest(text).digest  # nothing is committed that would be refused when read
+        digest = parse_manifest(text).digest  # nothing is committed that would be refused when read
+        metadata.storage_data = digest
         write_text(self._partial / MANIFEST_FILE, text)
-        self._commit(self._partial)
+        self._publish(partial(self._commit, self._partial), digest)
 
     def discard(self) -> None:
         """Remove what an unfinished save has left; after a commit there is nothing to remove."""
@@ -168,15 +176,15 @@ class CheckpointWriter(StorageWriter):
             record=_plain(self._record),
         )
 
-    def _commit(self, partial: Path) -> None:
+    def _commit(self, written: Path) -> None:
         self._refuse_taken_name()
         # Onto a name taken meanwhile the rename fails: a directory with something in it is never replaced.
         final = self._directory / self._name
-        partial.rename(final)
+        written.rename(final)
         try:
             sync_directory(self._directory)
         except OSError:
-            final.rename(partial)  # not known to be durable, so not committed
+            final.rename(written)  # not known to be durable, so not committed
             raise
 
 

@@ -8,7 +8,7 @@ the format.
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +23,17 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megalrps.checkpoint.errors import CorruptCheckpointError, LoadError, MissingCheckpointError, SaveError
 from megalrps.checkpoint.manifest import MANIFEST_FILE, Manifest, corrupt, read_manifest
-from megalrps.checkpoint.names import REFUSED, TRASH, check_name, checkpoint_directories, hidden_name, leftovers
+from megalrps.checkpoint.names import (
+    REFUSED,
+    TRASH,
+    check_name,
+    checkpoint_directories,
+    hidden_name,
+    leftovers,
+    name_of_hidden,
+)
 from megalrps.checkpoint.planners import TensorLoadPlanner, TensorSavePlanner
+from megalrps.checkpoint.publication import Publish, publish_at_once
 from megalrps.checkpoint.ranks import Ranks, first_failure
 from megalrps.checkpoint.shards import damage
 from megalrps.checkpoint.storage import CheckpointReader, CheckpointWriter
@@ -54,12 +63,13 @@ class Store:
         self.directory = Path(directory)
         self._ranks = Ranks(group)
 
-    def prepare(self) -> None:
+    def prepare(self, owns: Callable[[str], bool] = lambda name: True) -> None:
         """Make the directory and remove what died saves and removals have left; a writer calls it once. Collective.
 
-        Raises InputError when the directory cannot be written.
+        ``owns``: whether nobody else saves or removes the checkpoint of that name now. Raises InputError when the
+        directory cannot be written.
         """
-        self._ranks.together(self._prepare if self._ranks.rank == 0 else _nothing)
+        self._ranks.together(partial(self._prepare, owns) if self._ranks.rank == 0 else _nothing)
 
     def names(self) -> tuple[str, ...]:
         """The names of the committed checkpoints, sorted. Whether they are whole is for :meth:`verify` to say."""
@@ -71,15 +81,22 @@ class Store:
         """The checked manifest of ``name``. Raises as :func:`megalrps.checkpoint.manifest.read_manifest`."""
         return read_manifest(self.directory / check_name(name))
 
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> str:
+    def save(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        record: Mapping[str, Any],
+        publish: Publish = publish_at_once,
+    ) -> str:
         """Commit ``tensors`` and ``record`` as ``name``, durably, and return the digest of the manifest. Collective.
 
         A plain tensor is taken to be equal on all ranks that hold it and is written once; a DTensor is written by its
-        shards. ``record`` is a JSON object, and rank 0's counts. Raises InputError for an impossible name,
+        shards. ``record`` is a JSON object, and rank 0's counts; so does its ``publish``, which is called when all is
+        written, with the rename and the digest, and may refuse. Raises InputError for an impossible name,
         CheckpointExistsError when the name is taken, SaveError when any rank could not do its part (an entry that is
-        no tensor, a full disk); then nothing was committed.
+        no tensor, a full disk), and what ``publish`` raises; then nothing was committed.
         """
-        writer = CheckpointWriter(self.directory, name, record)
+        writer = CheckpointWriter(self.directory, name, record, publish)
         try:
             with _single_process_is_fine():
                 metadata = dcp.save(
@@ -150,12 +167,13 @@ class Store:
         )
         return places[0]
 
-    def _prepare(self) -> None:
+    def _prepare(self, owns: Callable[[str], bool]) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             sync_directory(self.directory.parent)
             for leftover in leftovers(self.directory):
-                shutil.rmtree(leftover)
+                if owns(name_of_hidden(leftover.name)):
+                    shutil.rmtree(leftover)
             if not os.access(self.directory, os.W_OK):
                 raise PermissionError("it is read-only")
         except OSError as error:

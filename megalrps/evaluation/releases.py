@@ -25,6 +25,7 @@ def evaluate_releases(run: Run) -> None:
     Collective. Results lie in ``evaluations/CHECKPOINT.json``, one file a release; a part whose content changed is
     measured again, and so is a release on a part that a later increment brought.
     """
+    run.refresh()
     for name in run.lineage.releases():
         known = run.world.decided(partial(_read, run, name))
         missing = [place for place in range(len(run.job.held_out)) if _key(run, place) not in known]
@@ -46,11 +47,18 @@ def evaluate_releases(run: Run) -> None:
 
 
 def finish_run(run: Run) -> None:
-    """Write ``summary.json`` and the report; a finished run that is started again leaves the summary as it is."""
+    """Write ``summary.json`` and the report; a finished run that is started again leaves the summary as it is.
+
+    Where other launches still train other paths, it only says what is not trained yet.
+    """
     from megalrps.evaluation.report import write_report  # it loads matplotlib: on one rank, at the end
     from megalrps.evaluation.run_files import read_run
 
     lineage, job = run.lineage, run.job
+    missing = {segment.path: None for segment in job.plan.segments if run.finished(segment) is None}
+    if missing:
+        run.log.say(f"no summary yet: {', '.join(missing)} are not trained to their ends")
+        return
     releases = []
     for name in lineage.releases():
         record, known = lineage.records[name], _read(run, name)

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megalrps.errors import InputError, RepeatedError
+from megalrps.errors import InputError, RepeatedError, ToldError, exit_status_of
 from megalrps.parallel.group import Group
 
 T = TypeVar("T")
@@ -44,6 +44,10 @@ class World(Group):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def told_once(self, error: ToldError) -> ToldError:
+        """What this rank raises where every rank knows of ``error``: the first one that, the others a RepeatedError."""
+        return error if self.is_first else RepeatedError(str(error), exit_status_of(error))
+
     def together(self, act: Callable[[], T]) -> T:
         """What ``act`` gives on this rank, once it has succeeded on every rank; see :meth:`agree` where it has not."""
         answer: T | None = None
@@ -58,22 +62,22 @@ class World(Group):
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that none is left waiting in a collective.
 
-        The first rank with an error raises its own. For a mistake of the user all others raise RepeatedError, so that
-        it is printed once; for anything else they raise their own error, or a RuntimeError that names the rank.
+        The first rank with an error raises its own. For a ToldError all others raise RepeatedError, so that it is
+        printed once; for anything else they raise their own error, or a RuntimeError that names the rank.
         """
         if self.group is None:
             if error is not None:
                 raise error
             return
-        texts: list[tuple[bool, str] | None] = [None] * self.size
-        mine = None if error is None else (isinstance(error, InputError), str(error))
+        texts: list[tuple[bool, str, int] | None] = [None] * self.size
+        mine = None if error is None else (isinstance(error, ToldError), str(error), exit_status_of(error))
         dist.all_gather_object(texts, mine, group=self.group)
         teller = next((rank for rank, told in enumerate(texts) if told is not None), None)
         if teller is None:
             return
-        from_user, text = cast(tuple[bool, str], texts[teller])
-        if from_user and teller != self.rank:
-            raise RepeatedError(text) from error
+        is_told, text, status = cast(tuple[bool, str, int], texts[teller])
+        if is_told and teller != self.rank:
+            raise RepeatedError(text, status) from error
         raise error if error is not None else RuntimeError(f"rank {teller}: {text}")
 
 

@@ -28,6 +28,11 @@ def step_line(metrics: StepMetrics, last_step: int) -> str:
     return " | ".join(parts)
 
 
+def announce(text: str) -> None:
+    """Print ``text`` before there is a :class:`Log`."""
+    Console(highlight=False, soft_wrap=True, markup=False).print(text)
+
+
 class Log:
     """The log of one launch. Every rank holds one; only the first rank's speaks.
 

@@ -10,8 +10,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from megalrps.checkpoint.names import path_of
 from megalrps.data.stream import SampleStream
-from megalrps.errors import InputError
+from megalrps.errors import DivergedError, InputError, PreemptedError
 from megalrps.model.counts import flops_per_token
 from megalrps.paths.plan import Segment, Window
 from megalrps.training.metrics import StepMetrics
@@ -20,14 +21,17 @@ from megalrps.training.step import Batch, StepResult, train_step
 from megalrps.training.throughput import peak_flops
 
 
-class NonFiniteError(InputError):
+class NonFiniteError(DivergedError):
     """A loss or gradient norm that is no number: training stopped, and nothing of that step was committed."""
 
 
 def train(run: Run) -> None:
-    """Train every segment of the run's plan that its lineage lacks, in the plan's order."""
+    """Train every segment of the run's paths that its lineage lacks, in the plan's order."""
     loop = Loop(run)
     for segment in run.job.plan.segments:
+        if segment.path not in run.paths:
+            continue
+        run.refresh()
         if run.finished(segment) is None:
             loop.train_segment(segment)
 
@@ -51,6 +55,23 @@ class Loop:
             at_end = self.state.step == segment.end
             if at_end or (interval and self.state.step % interval == 0):
                 self.commit(segment, segment.kind if at_end else "periodic")
+            self.heed(segment)
+
+    def heed(self, segment: Segment) -> None:
+        """Act on what the ranks know together: leave with the state committed, or without where the path is lost."""
+        run = self.run
+        agreed = run.agree()
+        if agreed.fenced:
+            run.give_way()
+        if agreed.stop is not None:
+            if self.state.checkpoint is None:
+                self.commit(segment, "periodic")
+            raise run.world.told_once(
+                PreemptedError(
+                    f"stopped by {agreed.stop} after step {self.state.step} of path {segment.path}, saved as "
+                    f"{self.state.checkpoint}; the same command goes on from there"
+                )
+            )
 
     def restore(self, segment: Segment) -> None:
         """Bring the live state to where ``segment`` goes on from; a state that is already there is left as it is."""
@@ -59,6 +80,13 @@ class Loop:
         fingerprint = self.plan.segment_fingerprint(segment)
         candidates = list(run.lineage.resumable(segment.path, fingerprint, segment.start, segment.end))
         candidates += [source] if source is not None else []
+        if source is not None and source not in run.lineage.records:
+            raise run.world.told_once(
+                InputError(
+                    f"path {segment.path} starts from {source}, which is not there yet: train path {path_of(source)} "
+                    "first (--paths), or wait for the launch that does"
+                )
+            )
         if not candidates:
             state.initialise(run.job.model, self.options.seed)
         elif state.checkpoint != candidates[0]:
@@ -82,9 +110,11 @@ class Loop:
         seconds = time.perf_counter() - started
         if not result.is_finite:
             # on every rank and without asking the others: a rank that alone saw it must not wait for them
-            raise NonFiniteError(
-                f"path {segment.path}, step {step}: loss {result.loss}, gradient norm {result.gradient_norm}; "
-                "nothing of this step was saved. Train with a lower --lr or longer warm-up, in a new --save"
+            raise run.world.told_once(
+                NonFiniteError(
+                    f"path {segment.path}, step {step}: loss {result.loss}, gradient norm {result.gradient_norm}; "
+                    "nothing of this step was saved. Train with a lower --lr or longer warm-up, in a new --save"
+                )
             )
         self.state.step = step
         self.state.train_seconds += seconds

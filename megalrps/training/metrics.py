@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from megalrps.errors import InputError
-from megalrps.files import replacing
+from megalrps.files import locked, replacing
 
 
 @dataclass(frozen=True)
@@ -37,30 +37,34 @@ class StepMetrics:
 class MetricsFile:
     """Appends to metrics.jsonl; opening it drops the lines that no checkpoint covers (work a killed launch lost).
 
-    covered: for each path, the last step that a committed checkpoint holds.
+    covered: for each path that this launch trains, the last step that a committed checkpoint holds. Lines of other
+    paths are other launches', which may be writing now: everybody takes the lock beside the file for each line, and
+    looks whether the file is still the one it has open.
     """
 
     def __init__(self, path: Path, covered: Mapping[str, int]) -> None:
         self._path = path
-        self.dropped = _keep_lines(path, lambda of, step: step <= covered.get(of, 0)) if path.exists() else 0
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._lock = path.with_name(f".{path.name}.lock")
+        with locked(self._lock):
+            self.dropped = _keep_lines(path, lambda of, step: step <= covered.get(of, step)) if path.exists() else 0
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step; a reader sees whole lines only."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
-        self._file.flush()
+        with locked(self._lock):
+            if not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                self._file.close()
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+            self._file.write(json.dumps(asdict(metrics)) + "\n")
+            self._file.flush()
 
     def drop(self, path: str, after: int, until: int) -> int:
         """Drop the lines of ``path`` for the steps after < step <= until, which are trained again; returns how many.
 
         There are some where a checkpoint that covered them turned out damaged.
         """
-        self._file.flush()
-        dropped = _keep_lines(self._path, lambda of, step: of != path or not after < step <= until)
-        if dropped:
-            self._file.close()  # it is the replaced file
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        return dropped
+        with locked(self._lock):
+            return _keep_lines(self._path, lambda of, step: of != path or not after < step <= until)
 
     def sync(self) -> None:
         """Make all lines durable: called before a checkpoint is committed, so that the checkpoint covers them."""

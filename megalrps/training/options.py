@@ -151,6 +151,18 @@ class CheckpointOptions:
     save_keep: int = 2
     """How many of the checkpoints in between are kept on a path; older ones are removed."""
 
+    async_save: bool = False
+    """Write the checkpoints in between while training goes on: it waits only until a copy is in the host's memory."""
+
+    load: Literal["auto", "required", "none"] = "auto"
+    """auto: go on with the run in --save, or begin it; required: do not begin one; none: do not go on with one."""
+
+    allow: tuple[str, ...] = ()
+    """CHANGE=reason: go on although this option, which changes the result, was another; checkpoints record it."""
+
+    lease_seconds: float = 30.0
+    """After how long without a sign of life a launch on another host counts as dead, so that this one may go on."""
+
     def check(self) -> None:
         """Raise InputError for a missing run directory or impossible intervals."""
         if not self.save:
@@ -159,6 +171,37 @@ class CheckpointOptions:
             raise InputError(f"--save-interval {self.save_interval}: must not be negative (0: forks and releases only)")
         if self.save_keep < 1:
             raise InputError(f"--save-keep {self.save_keep}: must be at least 1, or a killed run would start over")
+        if not 1.0 <= self.lease_seconds < float("inf"):
+            raise InputError(f"--lease-seconds {self.lease_seconds}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class StabilityOptions:
+    """What happens to an update whose numbers are none or leap; all ranks decide alike, in the same step."""
+
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """stop: end the run, nothing of the step is saved; skip: leave the update out, count it and go on."""
+
+    max_skipped_steps: int = 10
+    """With --on-non-finite skip: how many updates in a row may be left out before the run is stopped."""
+
+    on_loss_spike: Literal["log", "stop", "ignore"] = "log"
+    """log: say which samples the step drew and go on; stop: end the run before the update is saved."""
+
+    loss_spike_window: int = 128
+    """How many losses before a step its own is compared with; no step is a spike before there are so many."""
+
+    loss_spike_sigma: float = 6.0
+    """A loss so many standard deviations above the mean of the window is a spike."""
+
+    def check(self) -> None:
+        """Raise InputError for limits that are none."""
+        if self.max_skipped_steps < 1:
+            raise InputError(f"--max-skipped-steps {self.max_skipped_steps}: must be at least 1")
+        if self.loss_spike_window < 2:
+            raise InputError(f"--loss-spike-window {self.loss_spike_window}: must be at least 2")
+        if not 0 < self.loss_spike_sigma < float("inf"):
+            raise InputError(f"--loss-spike-sigma {self.loss_spike_sigma}: must be finite and above 0")
 
 
 @dataclass(frozen=True)
@@ -179,7 +222,7 @@ class LoggingOptions:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """Where it runs: none of these changes the numbers beyond rounding."""
+    """Where and how long it runs: none of these changes the numbers beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a device, else the CPU."""
@@ -189,3 +232,23 @@ class RuntimeOptions:
 
     distributed_timeout_minutes: float = 10.0
     """After how long a collective that some rank never joins ends the job."""
+
+    paths: tuple[str, ...] = ()
+    """Train only these paths of the plan, while other launches train others; unset: all."""
+
+    exit_duration_in_mins: float | None = None
+    """Save and leave, as on SIGTERM, after so many minutes."""
+
+    exit_interval: int | None = None
+    """Save and leave, as on SIGTERM, at the next step that is a multiple of this."""
+
+    def check(self) -> None:
+        """Raise InputError for times and intervals that are none."""
+        if not 0 < self.distributed_timeout_minutes < float("inf"):
+            raise InputError(
+                f"--distributed-timeout-minutes {self.distributed_timeout_minutes}: must be finite and above 0"
+            )
+        if self.exit_duration_in_mins is not None and not 0 < self.exit_duration_in_mins < float("inf"):
+            raise InputError(f"--exit-duration-in-mins {self.exit_duration_in_mins}: must be finite and above 0")
+        if self.exit_interval is not None and self.exit_interval < 1:
+            raise InputError(f"--exit-interval {self.exit_interval}: must be at least 1")

@@ -1,9 +1,6 @@
-"""The run directory: what lies where, and one launch in it at a time."""
+"""The run directory: what lies where."""
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +36,15 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def lineage(self) -> Path:
+        """References and leases: what is acknowledged, and who trains which path."""
+        return self.root / "lineage"
+
+    def run_state(self, paths: Sequence[str] = ()) -> Path:
+        """How the launch that trains ``paths`` (none: all) stands, or how it ended."""
+        return self.root / ("run_state.json" if not paths else f"run_state.{'+'.join(paths)}.json")
+
+    @property
     def evaluations(self) -> Path:
         """One JSON file a release: its loss on every held-out part."""
         return self.root / "evaluations"
@@ -61,8 +67,8 @@ class RunDirectory:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.check()
-            self.checkpoints.mkdir(exist_ok=True)
-            self.evaluations.mkdir(exist_ok=True)
+            for made in (self.checkpoints, self.lineage, self.evaluations):
+                made.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"--save {self.root} cannot be written ({error.strerror}): name a directory that can"
@@ -85,24 +91,7 @@ class RunDirectory:
         return self.plan.exists() or any(self.checkpoints.glob("*/manifest.json"))
 
     def _may_precede_a_plan(self, entry: Path) -> bool:
-        """Whether ``entry`` is hidden, or an empty directory that a launch made and died before it wrote its plan."""
+        """Whether ``entry`` is hidden, or something that a launch made and died before it wrote its plan."""
         made_by_us = entry in (self.checkpoints, self.evaluations) and entry.is_dir()
-        return entry.name.startswith(".") or (made_by_us and not any(entry.iterdir()))
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep a second launch out of the directory while the block runs (an advisory lock; one host)."""
-        try:
-            descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise InputError(f"--save {self.root} cannot be written ({error.strerror})") from error
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(
-                    f"--save {self.root}: another launch is training here; wait for it or name another directory"
-                ) from error
-            yield
-        finally:
-            os.close(descriptor)
+        told_by_us = entry == self.lineage or entry.match("run_state*.json")
+        return entry.name.startswith(".") or told_by_us or (made_by_us and not any(entry.iterdir()))

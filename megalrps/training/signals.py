@@ -1,11 +1,50 @@
-"""What a rank does when the world around it ends."""
+"""What a rank does when it is asked to stop, and when the world around it ends."""
 
 import ctypes
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+
+STOP_REASONS: tuple[str | None, ...] = (None, "--exit-interval", "--exit-duration-in-mins", "SIGUSR1", "SIGTERM")
+"""Why a run saves and leaves before its plan is done; where ranks have several, the last of them counts."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class StopRequest:
+    """Whether this process was asked to save and leave, by a signal or by its time being up.
+
+    A batch system sends SIGTERM, or SIGUSR1 some time before a job's end; torchrun passes SIGTERM on and kills what is
+    still there 30 seconds later. The handler only takes note: the loop acts on it after the update, with all ranks.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self._signal: str | None = None
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def reason(self) -> str | None:
+        """One of STOP_REASONS."""
+        if self._signal is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            return "--exit-duration-in-mins"
+        return self._signal
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Take note of the signals while the block runs, instead of dying of them; for the main thread."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
 
 
 def die_with_launcher() -> None:

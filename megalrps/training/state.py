@@ -1,6 +1,6 @@
 """Everything that must come back after a restart: parameters, moments, and where on which path they are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,7 +17,8 @@ class TrainState:
 
     ``path`` and ``step`` say which trajectory's update was the last; ``checkpoint`` is the name of the committed
     checkpoint that holds exactly this state, or None once an update has been made since. ``train_seconds`` is the
-    training time behind this state, along its trajectory.
+    training time behind this state, along its trajectory, and ``skipped`` the updates on it that were left out.
+    ``recent_losses`` are the last ones, oldest first, as far as the detector of spikes looks back.
     """
 
     engine: Engine
@@ -27,12 +28,14 @@ class TrainState:
     step: int = 0
     checkpoint: str | None = None
     train_seconds: float = 0.0
+    skipped: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
     def initialise(self, config: ModelConfig, seed: int) -> None:
         """Bring all to where the training of a model of ``seed`` begins. Collective."""
         initialise_buffers_(self.buffers, config, seed)
         self.optimizer.reset()
-        self.step, self.train_seconds = 0, 0.0
+        self.step, self.train_seconds, self.skipped, self.recent_losses = 0, 0.0, 0, []
 
     def filled(self) -> None:
         """Make all that follows from the tensors below, once something has been loaded into them. Collective."""

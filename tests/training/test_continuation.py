@@ -26,7 +26,7 @@ from megalrps.config import parse_config
 from megalrps.data.manifest import TokenizerIdentity
 from megalrps.errors import InputError
 from megalrps.training import loop
-from megalrps.training.run import open_run
+from megalrps.training.opening import open_run
 
 OTHER_TOKENIZER = TokenizerIdentity("SentencePieceTokenizer", 64, 2, "1" * 64)
 

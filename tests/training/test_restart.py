@@ -24,6 +24,7 @@ from tiny_job import (
 )
 
 from megalrps.checkpoint.store import Store
+from megalrps.errors import EXIT_DAMAGED
 from megalrps.training import loop
 from megalrps.training.metrics import MetricsFile
 
@@ -34,7 +35,7 @@ EVALUATION = "megalrps.evaluation.releases"
 
 # The undisturbed run commits main 3 and 4 (the fork), v1 6, 9 and 10 (the release), main 6, 9, 12 and 13, v2 15, ...
 DEATHS = {
-    "before anything is written": Death("megalrps.training.run.write_json"),
+    "before anything is written": Death("megalrps.training.opening.write_json"),
     "before the first checkpoint": Death(UPDATE, 3),
     "between the lines and the first checkpoint": Death(SAVE),
     "after a periodic checkpoint": Death(COMMIT, 1, after=True),
@@ -193,7 +194,7 @@ def test_a_damaged_fork_point_stops_the_run_with_its_name(
     run = tmp_path / "run"
     launch_and_die(command(data, run), Death(UPDATE, 5))
     flip(run / "checkpoints" / "main-00000004" / "rank-00000.bin")
-    assert launch(command(data, run)) == 2
+    assert launch(command(data, run)) == EXIT_DAMAGED
     error = capsys.readouterr().err
     assert error.startswith("pretrain_gpt.py: error: ") and "main-00000004" in error
 
