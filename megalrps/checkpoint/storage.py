@@ -14,7 +14,6 @@ A process that dies anywhere leaves either nothing under ``<name>`` or all of it
 import json
 import math
 import os
-import platform
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -36,11 +35,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-import megalrps
 from megalrps.checkpoint.errors import CheckpointExistsError, CorruptCheckpointError
 from megalrps.checkpoint.manifest import MANIFEST_FILE, Chunk, Manifest, TensorEntry, parse_manifest, render
 from megalrps.checkpoint.names import PARTIAL, check_name, hidden_name
 from megalrps.checkpoint.planners import DTYPE_NAMES, DTYPES
+from megalrps.checkpoint.provenance import versions
 from megalrps.checkpoint.publication import Publish, publish_at_once
 from megalrps.checkpoint.shards import Shard, ShardWriter, open_shard, read_into
 from megalrps.files import sync_directory, write_text
@@ -166,11 +165,7 @@ class CheckpointWriter(StorageWriter):
         return Manifest(
             name=self._name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={
-                "megalrps": megalrps.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            versions=versions(),
             shards=tuple(sorted({place.shard for place in places.values()}, key=lambda shard: shard.file)),
             tensors=tensors,
             record=_plain(self._record),
