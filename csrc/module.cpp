@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -23,6 +24,9 @@ template <typename T>
 std::span<const T> flat_view(const Array<T>& array, const char* name) {
     if (array.ndim() != 1) {
         throw py::value_error(std::string(name) + " must have one dimension");
+    }
+    if (array.size() > 0 && reinterpret_cast<uintptr_t>(array.data()) % alignof(T) != 0) {
+        throw py::value_error(std::string(name) + " must be aligned");  // numpy makes arrays of any bytes of a buffer
     }
     return {array.data(), static_cast<size_t>(array.size())};
 }
@@ -57,6 +61,30 @@ megalrps::Instructions instructions_of(const std::string& name) {
     throw py::value_error("unknown instructions " + name);
 }
 
+size_t bytes_of(megalrps::FloatType type) {
+    using megalrps::FloatType;
+    switch (type) {
+        case FloatType::float64: return 8;
+        case FloatType::float32: return 4;
+        case FloatType::bfloat16:
+        case FloatType::float16: return 2;
+        default: return 1;
+    }
+}
+
+// What can be seen of an address: that there may be so many numbers at it, each where its type may lie (compilers rely
+// on that: a vector loop over numbers that do not can end in a fault). That they are the caller's is for him to know.
+void require_memory(uintptr_t address, size_t elements, megalrps::FloatType type, const char* name) {
+    if (elements == 0) return;
+    constexpr auto kHighest = static_cast<size_t>(PTRDIFF_MAX);
+    const size_t bytes = bytes_of(type);
+    if (address == 0) throw py::value_error(std::string(name) + ": the address is null");
+    if (address % bytes != 0) throw py::value_error(std::string(name) + ": the address is not aligned");
+    if (address > kHighest || elements > (kHighest - address) / bytes) {
+        throw py::value_error(std::string(name) + ": no memory is so large");
+    }
+}
+
 // Memory comes as addresses, because numpy has no bfloat16 and torch's headers stay out.
 megalrps::AdamwMemory adamw_memory(uintptr_t param, uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq,
                                    uintptr_t narrow, size_t elements, const std::string& type,
@@ -74,10 +102,12 @@ megalrps::AdamwMemory adamw_memory(uintptr_t param, uintptr_t grad, uintptr_t ex
         .exp_avg_sq_type = float_type(exp_avg_sq_type),
         .narrow_type = float_type(narrow_type),
     };
-    const bool missing = param == 0 || grad == 0 || exp_avg == 0 || exp_avg_sq == 0 ||
-                         (narrow == 0 && memory.narrow_type != megalrps::FloatType::none);
-    if (elements > 0 && missing) {
-        throw py::value_error("an address is null");
+    require_memory(param, elements, memory.type, "param");
+    require_memory(grad, elements, memory.type, "grad");
+    require_memory(exp_avg, elements, memory.exp_avg_type, "exp_avg");
+    require_memory(exp_avg_sq, elements, memory.exp_avg_sq_type, "exp_avg_sq");
+    if (memory.narrow_type != megalrps::FloatType::none) {
+        require_memory(narrow, elements, memory.narrow_type, "narrow");
     }
     return memory;
 }
@@ -105,10 +135,8 @@ void adamw(uintptr_t param, uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg
 
 double sum_of_squares(uintptr_t values, size_t elements, const std::string& type, int threads,
                       const std::string& instructions) {
-    if (elements > 0 && values == 0) {
-        throw py::value_error("the address is null");
-    }
     const auto kind = float_type(type);
+    require_memory(values, elements, kind, "values");
     const auto chosen = instructions_of(instructions);
     py::gil_scoped_release unlocked;
     return megalrps::sum_of_squares(reinterpret_cast<const void*>(values), elements, kind, threads, chosen);
@@ -156,13 +184,14 @@ void adamw_cuda(uintptr_t param, uintptr_t grad, uintptr_t exp_avg, uintptr_t ex
 
 void sum_of_squares_cuda(uintptr_t values, size_t elements, const std::string& type, uintptr_t partials,
                          uintptr_t result, uintptr_t stream) {
-    if (result == 0 || (elements > 0 && (values == 0 || partials == 0))) {
-        throw py::value_error("an address is null");
-    }
+    const auto kind = float_type(type);
     require_alignment(values, "the buffer");
     require_alignment(partials, "partials");
     require_alignment(result, "the result");
-    raise(megalrps::sum_of_squares_cuda(reinterpret_cast<const void*>(values), elements, float_type(type),
+    require_memory(values, elements, kind, "the buffer");
+    require_memory(partials, megalrps::pieces_of(elements), megalrps::FloatType::float32, "partials");
+    require_memory(result, 1, megalrps::FloatType::float64, "the result");
+    raise(megalrps::sum_of_squares_cuda(reinterpret_cast<const void*>(values), elements, kind,
                                         reinterpret_cast<float*>(partials), reinterpret_cast<double*>(result),
                                         reinterpret_cast<void*>(stream)));
 }

@@ -18,7 +18,7 @@ namespace megalrps {
 constexpr size_t kLanes = 1024;
 constexpr size_t kPiece = 32 * kLanes;
 
-constexpr size_t pieces_of(size_t elements) { return (elements + kPiece - 1) / kPiece; }
+constexpr size_t pieces_of(size_t elements) { return elements / kPiece + (elements % kPiece != 0); }
 
 template <typename T>
 MEGALRPS_INLINE T add_square(T sum, T value) {

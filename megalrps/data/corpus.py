@@ -19,6 +19,7 @@ from typing import Any
 from megalrps.data.chunks import cut_text
 from megalrps.data.recipe import write_record
 from megalrps.data.text_increments import (
+    INDEX_NAME,
     RECORD_NAME,
     TextIncrement,
     TextIncrementsWriter,
@@ -182,7 +183,7 @@ def _make(
                     f"--held-out-modulo {options.held_out_modulo}: leaves a part of the increment {name!r} empty; "
                     "choose another, or raise --maximum-bytes"
                 )
-        write_record(options.output / RECORD_NAME, recipe, {})
+        write_record(options.output / RECORD_NAME, recipe, {}, seal=options.output / INDEX_NAME)
 
 
 def _documents(files: Mapping[str, Sequence[_SourceFile]]) -> dict[str, list[str]]:

@@ -59,7 +59,7 @@ class KeyedPermutation:
         if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < self.size):
             raise ValueError(f"indices must lie in [0, {self.size})")
         if self.implementation == "native":
-            return _native.permute(np.ascontiguousarray(indices), self.size, self._round_keys)
+            return _native.permute(np.require(indices, requirements=("C", "A")), self.size, self._round_keys)
         return _permute(indices, self.size, self._round_keys)
 
 

@@ -247,8 +247,8 @@ def _make(
         _check_not_empty(writers, bad_lines)
         # The last moment before the writers put their files in place: from here on the files there are ours.
         for key in spec.json_keys:
-            manifest_path(options.dataset_prefix(key)).unlink(missing_ok=True)
-            write_record(_record_path(options, key), recipe, _results(bad_lines, tally, spec.json_keys))
+            seal = manifest_path(options.dataset_prefix(key))
+            write_record(_record_path(options, key), recipe, _results(bad_lines, tally, spec.json_keys), seal=seal)
     return {key: _describe(options, key, paths, identity, tally) for key in spec.json_keys}
 
 

@@ -1,7 +1,8 @@
 """Made files remember how they were made, so that making them again costs nothing and never replaces something else.
 
-A tool that makes files writes, in this order: a *record* (the recipe and some results), the files, and last whatever
-shows that they are whole. Killed at any point and run again, it finds its own record and simply goes on.
+A tool that makes files removes the *seal* of those that it replaces, if there are any, and then writes, in this order:
+a *record* (the recipe and some results), the files, and last the seal, which shows that they are whole. Killed at any
+point and run again, it finds its own record and simply goes on.
 """
 
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megalrps.errors import InputError
-from megalrps.files import write_json
+from megalrps.files import sync_directory, write_json
 from megalrps.fingerprint import file_digest
 
 VERSION = 1
@@ -21,8 +22,15 @@ def input_digests(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return [{"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in paths]
 
 
-def write_record(path: Path, recipe: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Record at ``path`` that the files beside it are made by ``recipe``."""
+def write_record(path: Path, recipe: Mapping[str, Any], results: Mapping[str, Any], *, seal: Path | None) -> None:
+    """Record at ``path`` that the files beside it are made by ``recipe``.
+
+    ``seal`` is removed before, durably: under the new record it would vouch for the files of the old one. None where
+    the results tell one from the other.
+    """
+    if seal is not None:
+        seal.unlink(missing_ok=True)
+        sync_directory(seal.parent)
     write_json(path, {"version": VERSION, "recipe": dict(recipe), "results": dict(results)})
 
 

@@ -24,6 +24,7 @@ from megalrps.data.split_layout import (
 )
 from megalrps.data.text import BadLines, OnBadLine, expand_inputs
 from megalrps.data.text_increments import (
+    INDEX_NAME,
     RECORD_NAME,
     TextIncrement,
     TextIncrementsWriter,
@@ -145,7 +146,7 @@ def _make(options: SplitOptions, paths: Sequence[Path], recipe: dict[str, Any]) 
             writer.add(layout.names[placed.increment], placed.text, placed.held_out, placed.date)
         _check_filled(writer, layout.names)
         results = {"duplicates": duplicates, "bad_lines_summary": bad_lines.describe()}
-        write_record(options.output / RECORD_NAME, recipe, results)
+        write_record(options.output / RECORD_NAME, recipe, results, seal=options.output / INDEX_NAME)
 
 
 def _choose_layout(options: SplitOptions, paths: Sequence[Path]) -> SplitLayout:

@@ -129,7 +129,7 @@ def _make(options: TokenizerTrainingOptions, paths: tuple[Path, ...], record: Pa
         "fingerprint": hashlib.sha256(model).hexdigest(),
         "bad_lines_summary": bad_lines.describe(),
     }
-    write_record(record, recipe, results)
+    write_record(record, recipe, results, seal=None)
     with replacing(options.output) as file:
         file.write(model)
 
