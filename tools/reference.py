@@ -18,9 +18,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import adopt_dataset
 import draw_schedule
+import lineage
 import plan_versions
 import report
 import tyro
+import verify_data
 
 from megalrps.commandline import run_tool
 from megalrps.config import Config
@@ -90,6 +92,7 @@ COMMANDS = (
     Command("tools/draw_schedule.py", draw_schedule.Arguments),
     Command("tools/preprocess_data.py", PreprocessOptions),
     Command("tools/adopt_dataset.py", adopt_dataset.AdoptOptions),
+    Command("tools/verify_data.py", verify_data.VerifyOptions),
     Command("tools/split_increments.py", SplitOptions),
     Command("tools/make_corpus.py", CorpusOptions),
     Command("tools/train_tokenizer.py", TokenizerTrainingOptions),
@@ -110,8 +113,19 @@ def render_page() -> str:
         "## tools/report.py\n",
         _prose((parser.description or "").partition("\n\n")[0]),
         _table(_parser_rows(parser)),
+        *_commands("tools/lineage.py", lineage.parser()),
     ]
     return "\n".join(parts)
+
+
+def _commands(program: str, parser: lineage.Parser) -> Iterator[str]:
+    """The section of a program that has commands, each with options of its own."""
+    yield f"## {program}\n"
+    yield _prose((parser.description or "").partition("\n\n")[0])
+    for name, command in parser.commands.choices.items():
+        yield f"### {name}\n"
+        yield _prose(command.description or "")
+        yield _table(_parser_rows(command))
 
 
 def _sections(options: type, paired: bool, level: int) -> Iterator[str]:
@@ -178,8 +192,19 @@ def _shown(default: Any) -> str:
 def _parser_rows(parser: argparse.ArgumentParser) -> Iterator[Row]:
     for action in parser._actions:
         if action.dest != "help":
-            several = " ..." if action.nargs == "+" else ""
-            yield Row(", ".join(action.option_strings), f"path{several}", _shown(action.default), action.help or "")
+            flag = ", ".join(action.option_strings) or str(action.metavar)
+            default = "required" if action.required and action.nargs != "*" else _shown(action.default or None)
+            if action.nargs == 0:
+                default = "off"
+            yield Row(flag, _taken(action), default, action.help or "")
+
+
+def _taken(action: argparse.Action) -> str:
+    """What the option or argument ``action`` takes, in words."""
+    if action.nargs == 0:
+        return "switch"
+    kind = Literal[tuple(action.choices)] if action.choices else action.type or str
+    return _takes(kind) + (" ..." if action.nargs in ("+", "*") else "")
 
 
 def _preset_table() -> str:

@@ -20,10 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megalrps.checkpoint.errors import DamagedReferenceError, FencedError, HeldError
+from megalrps.checkpoint.errors import DamagedReferenceError, FencedError, HeldError, UnknownFormatError
 from megalrps.checkpoint.names import check_name
 from megalrps.checkpoint.references import LockedReferences, References
 from megalrps.checkpoint.sealed import read_sealed, write_sealed
+from megalrps.files import sync_directory
 
 FORMAT = 1
 BEATS = 3
@@ -57,6 +58,8 @@ class Lease:
     """Checkpoints that the holder is going to load: not to be collected."""
     since: str
     """UTC, ISO 8601: for people; nothing is decided by it."""
+    seconds: float = 0.0
+    """Without a beat for so long the holder wants to count as dead; a beat comes BEATS times in it."""
 
     @property
     def holder(self) -> str:
@@ -80,6 +83,15 @@ def is_over(lease: Lease) -> bool | None:
     return _started(place.pid) != place.started
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A lease as it was when it was first looked at, and when that was, by this host's monotonic clock."""
+
+    owner: str
+    beats: int
+    at: float
+
+
 class Leases:
     """The leases of one lineage, in ``RUN/lineage/leases``."""
 
@@ -90,6 +102,7 @@ class Leases:
     def prepare(self) -> None:
         """Make the directory where it is not."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        sync_directory(self.directory.parent)  # or the fencing numbers begin again at 1 after a loss of power
 
     def read(self, path: str) -> Lease | None:
         """The lease of ``path``, None where nobody ever held one; DamagedReferenceError or UnknownFormatError."""
@@ -106,8 +119,11 @@ class Leases:
 
     def all(self) -> tuple[Lease, ...]:
         """Every lease that was ever taken, by path."""
-        names = sorted(file.stem for file in self.directory.glob("*.json") if not file.name.startswith("."))
-        return tuple(lease for lease in map(self.read, names) if lease is not None)
+        return tuple(lease for lease in map(self.read, self.names()) if lease is not None)
+
+    def names(self) -> tuple[str, ...]:
+        """The paths that were ever leased, those whose files are damaged too."""
+        return tuple(sorted(file.stem for file in self.directory.glob("*.json") if not file.name.startswith(".")))
 
     def held(self) -> tuple[Lease, ...]:
         """Those whose holders are not known to be gone: what they train and read is in use."""
@@ -119,35 +135,45 @@ class Leases:
         *,
         seconds: float,
         watching: Callable[[str], None] = lambda text: None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> "HeldLeases":
         """Take the leases of all paths in ``reads`` (with the checkpoints to be loaded for each), or none of them.
 
-        ``seconds`` without a beat, watched from here, make a holder dead that cannot be looked up; ``watching`` is told
-        once that this is being waited for. Raises HeldError, having written nothing, while somebody else lives.
+        ``seconds``, or the holder's own where they are more, without a beat, watched from here, make a holder dead that
+        cannot be looked up; ``watching`` is told once that this is being waited for, and ``waiting`` is called
+        meanwhile, and may raise. Raises HeldError, having written nothing, while somebody else lives.
         """
-        seen: dict[str, tuple[str, int]] = {}
-        deadline = time.monotonic() + seconds
+        seen: dict[str, _Seen] = {}
         while True:
             with self.references.locked() as locked:
                 before = {path: self.read(path) for path in reads}
-                doubtful = [lease for lease in before.values() if lease and self._is_doubtful(lease, seen)]
-                if not doubtful or time.monotonic() >= deadline:
+                doubtful = [lease for lease in before.values() if lease and self._is_doubtful(lease, seen, seconds)]
+                if not doubtful:
                     owner = secrets.token_hex(8)
-                    taken = {path: self._take(locked, path, before[path], owner, reads[path]) for path in reads}
+                    taken = {
+                        path: self._take(locked, path, before[path], owner, reads[path], seconds) for path in reads
+                    }
                     return HeldLeases(self, taken, seconds / BEATS)
             if not seen:
                 watching(
-                    f"path {doubtful[0].path} was held by {doubtful[0].holder}: watching {seconds:g} s for a sign of "
-                    "its life"
+                    f"path {doubtful[0].path} was held by {doubtful[0].holder}: watching "
+                    f"{max(seconds, doubtful[0].seconds):g} s for a sign of its life"
                 )
-            seen.update({lease.path: (lease.owner, lease.beats) for lease in doubtful})
-            time.sleep(min(_WATCHED_EVERY, max(0.0, deadline - time.monotonic())))
+            for lease in doubtful:
+                seen.setdefault(lease.path, _Seen(lease.owner, lease.beats, time.monotonic()))
+            waiting()
+            time.sleep(min(_WATCHED_EVERY, seconds))
 
-    def _is_doubtful(self, lease: Lease, seen: Mapping[str, tuple[str, int]]) -> bool:
-        """Whether it is not known if the holder lives; HeldError where it does."""
-        over = is_over(lease)
-        if over is None and seen.get(lease.path, (lease.owner, lease.beats)) == (lease.owner, lease.beats):
+    def _is_doubtful(self, lease: Lease, seen: Mapping[str, "_Seen"], seconds: float) -> bool:
+        """Whether it is not known yet if the holder lives, which was ``seen`` before; HeldError where it does.
+
+        Every path is watched for its own time: one that was taken while another was being watched is not over with it.
+        """
+        over, first = is_over(lease), seen.get(lease.path)
+        if over is None and first is None:
             return True
+        if over is None and first is not None and (first.owner, first.beats) == (lease.owner, lease.beats):
+            return time.monotonic() - first.at < max(seconds, lease.seconds)
         if not over:
             raise HeldError(
                 f"path {lease.path} is being trained by another launch ({lease.holder}): wait for it or stop it; other "
@@ -156,10 +182,16 @@ class Leases:
         return False
 
     def _take(
-        self, locked: LockedReferences, path: str, before: Lease | None, owner: str, reads: Sequence[str]
+        self,
+        locked: LockedReferences,
+        path: str,
+        before: Lease | None,
+        owner: str,
+        reads: Sequence[str],
+        seconds: float,
     ) -> Lease:
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        lease = Lease(path, (before.fence if before else 0) + 1, owner, this_place(), 0, tuple(reads), since)
+        lease = Lease(path, (before.fence if before else 0) + 1, owner, this_place(), 0, tuple(reads), since, seconds)
         self._write(locked, lease)
         return lease
 
@@ -178,15 +210,21 @@ class HeldLeases:
         self._leases = leases
         self._taken = dict(taken)
         self._seconds = seconds
+        self._beaten = time.monotonic()
         self._over = threading.Event()
         self._beating = threading.Thread(target=self._beat_on, name="lease", daemon=True)
-        self.lost: FencedError | None = None
+        self.lost: FencedError | DamagedReferenceError | UnknownFormatError | None = None
         """Why nothing can be committed any more, once a beat has found out."""
 
     @property
     def paths(self) -> frozenset[str]:
         """The paths that this process may commit to."""
         return frozenset(self._taken)
+
+    @property
+    def owner(self) -> str:
+        """The number of this launch."""
+        return next(iter(self._taken.values())).owner
 
     def check(self, locked: LockedReferences, path: str) -> int:
         """The fencing number of ``path``; raises FencedError where somebody else holds it now."""
@@ -206,6 +244,13 @@ class HeldLeases:
                 self.check(locked, path)
                 self._taken[path] = replace(lease, beats=lease.beats + 1)
                 self._leases._write(locked, self._taken[path])
+        self._beaten = time.monotonic()
+
+    def are_held(self) -> bool:
+        """Whether nobody else can have the paths: beaten lately, or now. For what is written without the lock."""
+        if self.lost is None and time.monotonic() - self._beaten > (BEATS - 1) * self._seconds:
+            self._try_to_beat()
+        return self.lost is None
 
     def give_back(self) -> None:
         """Let others have the paths at once; leaves alone what others have taken."""
@@ -213,7 +258,7 @@ class HeldLeases:
             for path in self._taken:
                 try:
                     self.check(locked, path)
-                except FencedError:
+                except (FencedError, DamagedReferenceError, UnknownFormatError):  # not ours any more, or not readable
                     continue
                 self._leases._write(locked, replace(self._taken[path], owner=""))
 
@@ -234,13 +279,17 @@ class HeldLeases:
 
     def _beat_on(self) -> None:
         while not self._over.wait(self._seconds):
-            try:
-                self.beat()
-            except FencedError as error:
-                self.lost = error
+            self._try_to_beat()
+            if self.lost is not None:
                 return
-            except OSError:  # a disk that is full for a while: the count stands still, which is true
-                continue
+
+    def _try_to_beat(self) -> None:
+        try:
+            self.beat()
+        except (FencedError, DamagedReferenceError, UnknownFormatError) as error:
+            self.lost = error
+        except OSError:  # a disk that is full for a while: the count stands still, which is true
+            return
 
 
 def _boot() -> str:

@@ -4,10 +4,12 @@ import re
 import secrets
 from pathlib import Path
 
+from megalrps.checkpoint.errors import MissingCheckpointError
 from megalrps.errors import InputError
+from megalrps.files import sync_directory
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_LEFTOVER = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.[0-9a-f]{16}\.(partial|trash)")
+_HIDDEN = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.[0-9a-f]{16}\.(partial|trash|refused)")
 
 PARTIAL = "partial"
 """A save under way, or one that died: removed when a writer opens the store."""
@@ -49,6 +51,22 @@ def hidden_name(name: str, state: str) -> str:
     return f".{check_name(name)}.{secrets.token_hex(8)}.{state}"
 
 
+def state_of_hidden(hidden: str) -> str:
+    """PARTIAL, TRASH or REFUSED, as the :func:`hidden_name` ``hidden`` says."""
+    return hidden.rpartition(".")[2]
+
+
+def hide(directory: Path, name: str, state: str) -> Path:
+    """Take the checkpoint ``name`` in ``directory`` out of sight in one durable step; returns where it is now."""
+    hidden = directory / hidden_name(name, state)
+    try:
+        (directory / name).rename(hidden)
+    except FileNotFoundError as error:
+        raise MissingCheckpointError(f"no checkpoint {name} in {directory}") from error
+    sync_directory(directory)
+    return hidden
+
+
 def checkpoint_directories(directory: Path) -> tuple[str, ...]:
     """The names of all directories in ``directory`` that stand where a committed checkpoint would, sorted.
 
@@ -64,4 +82,11 @@ def checkpoint_directories(directory: Path) -> tuple[str, ...]:
 
 def leftovers(directory: Path) -> tuple[Path, ...]:
     """The directories that saves and removals which died have left in ``directory``."""
-    return tuple(sorted(entry for entry in directory.iterdir() if _LEFTOVER.fullmatch(entry.name)))
+    return tuple(entry for entry in hidden_directories(directory) if state_of_hidden(entry.name) != REFUSED)
+
+
+def hidden_directories(directory: Path) -> tuple[Path, ...]:
+    """What :func:`leftovers` are, and what was set aside; empty when there is no ``directory``."""
+    if not directory.is_dir():
+        return ()
+    return tuple(sorted(entry for entry in directory.iterdir() if _HIDDEN.fullmatch(entry.name)))

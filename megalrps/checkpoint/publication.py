@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megalrps.checkpoint.errors import CorruptCheckpointError, DamagedReferenceError, LostCheckpointError
 from megalrps.checkpoint.leases import HeldLeases
-from megalrps.checkpoint.lineage import Lineage
+from megalrps.checkpoint.lineage import Lineage, read_lineage, refuse_unknown_format
 from megalrps.checkpoint.manifest import read_manifest
+from megalrps.checkpoint.names import REFUSED, hide, path_of
 from megalrps.checkpoint.record import CheckpointRecord
 from megalrps.checkpoint.references import LockedReferences, Reference, References
 
@@ -43,6 +44,7 @@ class Publisher:
             with self.references.locked() as locked:
                 fence = self.leases.check(locked, record.path)
                 expected = self._head(record.path)
+                locked.check("heads", record.path, expected)  # before the checkpoint is visible, not after
                 rename()
                 self._keep(locked, name, record, digest, fence)
                 locked.move("heads", record.path, name, digest, expected=expected, fence=fence)
@@ -61,15 +63,29 @@ class Publisher:
                 locked.move("heads", path, to, digest, expected=head, fence=fence)
             self.heads[path] = to
 
-    def reconcile(self, lineage: Lineage, checkpoints: Path) -> list[str]:
+    def set_aside(self, name: str, checkpoints: Path) -> Path:
+        """Hide the damaged checkpoint ``name`` and keep its files for a person; returns where they are.
+
+        Raises FencedError where another launch has its path: by now it may have saved a whole one of that name.
+        """
+        with self.references.locked() as locked:
+            self.leases.check(locked, path_of(name))
+            return hide(checkpoints, name, REFUSED)
+
+    def reconcile(self, checkpoints: Path) -> list[str]:
         """Bring references and checkpoints together after whatever has happened to earlier launches; what to say.
 
         A head goes forward to a whole checkpoint whose launch died between the rename and the move, and back from a
         periodic one that is damaged; references of older versions' runs are made. Raises LostCheckpointError where a
         reference points to nothing, and CorruptCheckpointError where it points to a damaged fork or release, or to
-        other bytes than it says: neither is mended without a person.
+        other bytes than it says: neither is mended without a person. Raises UnknownFormatError for a checkpoint of our
+        paths, or one that a reference points to, that a later version of ours has made.
         """
         with self.references.locked() as locked:
+            lineage = read_lineage(checkpoints)  # under the lock: launches of other paths commit meanwhile
+            for name in lineage.refused:
+                if path_of(name) in self.leases.paths:
+                    refuse_unknown_format(checkpoints / name)
             said = list(self._remade(locked))
             for reference in self.references.all():
                 if reference.kind != "heads":
@@ -78,7 +94,12 @@ class Publisher:
                 fence = self.leases.check(locked, path)
                 for name in lineage.all():
                     record = lineage.records[name]
-                    if record.path == path and record.permanent:
+                    # one that is there was looked at above; of two releases of a version, it says which counts
+                    if (
+                        record.path == path
+                        and record.permanent
+                        and self.references.read(*_keeper(name, record)) is None
+                    ):
                         self._keep(locked, name, record, read_manifest(checkpoints / name).digest, fence)
                 said += self._settle_head(locked, path, lineage, checkpoints, fence)
         return said
@@ -99,6 +120,7 @@ class Publisher:
             f"{reference.title} --run {checkpoints.parent} (what a plan still needs of it is trained again)"
         )
         if name in lineage.refused:
+            refuse_unknown_format(checkpoints / name)
             raise CorruptCheckpointError(f"{reference.title}: {lineage.refused[name]}; {mend}")
         if name not in lineage.records:
             raise LostCheckpointError(f"{reference.title} points to {name}, which is not there: {mend}")
@@ -115,7 +137,7 @@ class Publisher:
         reference = self.references.read("heads", path)
         head = reference.checkpoint if reference else None
         self.heads[path] = head
-        if reference is not None and head not in lineage.records and head not in lineage.refused:
+        if reference is not None and head not in lineage.refused:
             self._check(reference, lineage, checkpoints)
         newest = next((name for name in reversed(lineage.all()) if lineage.records[name].path == path), None)
         if newest == head:
@@ -138,7 +160,12 @@ class Publisher:
         """Make the reference that keeps a permanent checkpoint for good."""
         if not record.permanent:
             return
-        kind, title = ("releases", record.version) if record.kind == "release" else ("forks", name)
+        kind, title = _keeper(name, record)
         found = self.references.read(kind, title)
         if found is None or (found.checkpoint, found.digest) != (name, digest):
             locked.move(kind, title, name, digest, expected=found.checkpoint if found else None, fence=fence)
+
+
+def _keeper(name: str, record: CheckpointRecord) -> tuple[str, str]:
+    """Kind and name of the reference that keeps the permanent checkpoint ``name`` for good."""
+    return ("releases", record.version) if record.kind == "release" else ("forks", name)

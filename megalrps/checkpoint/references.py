@@ -11,20 +11,29 @@ has lost a path neither adds to it nor moves it. What is reachable from referenc
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megalrps.checkpoint.errors import DamagedReferenceError, MissingCheckpointError, MovedReferenceError
+from megalrps.checkpoint.errors import (
+    CheckpointError,
+    DamagedReferenceError,
+    MissingCheckpointError,
+    MovedReferenceError,
+)
 from megalrps.checkpoint.names import REFUSED, check_name, hidden_name
 from megalrps.checkpoint.sealed import read_sealed, write_sealed
+from megalrps.errors import InputError
 from megalrps.files import locked, sync_directory
 
 FORMAT = 1
 KINDS = ("heads", "forks", "releases", "pins")
 
 _LOCK = "lock"
+_MENDS = dict.fromkeys(KINDS, "the next launch of its path makes it again from the checkpoints") | {
+    "pins": "pin the checkpoint again (tools/lineage.py pin)"
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class References:
     def read(self, kind: str, name: str) -> Reference | None:
         """The reference, None where there is none; DamagedReferenceError or UnknownFormatError as its file says."""
         path = self._file(kind, name)
-        mend = f"remove it, and the next launch makes it again from the checkpoints in {self.directory.parent}"
+        mend = f"remove it (tools/lineage.py forget {kind}/{name}); {_MENDS[kind]}"
         value = read_sealed(path, FORMAT, mend)
         if value is None:
             return None
@@ -79,17 +88,26 @@ class References:
 
     def all(self) -> tuple[Reference, ...]:
         """Every reference, by kind and name; raises as :meth:`read`."""
-        found = (self.read(kind, name) for kind in KINDS for name in self._names(kind))
+        found = (self.read(kind, name) for kind in KINDS for name in self.names(kind))
         return tuple(reference for reference in found if reference is not None)
+
+    def readable(self) -> tuple[Reference, ...]:
+        """Those of :meth:`all` whose files are whole; :meth:`damaged` says what is wrong with the others."""
+        found: list[Reference] = []
+        for kind in KINDS:
+            for name in self.names(kind):
+                with suppress(CheckpointError, InputError):
+                    found += [reference] if (reference := self.read(kind, name)) else []
+        return tuple(found)
 
     def damaged(self) -> tuple[str, ...]:
         """Why each file that is no reference is none; one line each, naming the file."""
         complaints = []
         for kind in KINDS:
-            for name in self._names(kind):
+            for name in self.names(kind):
                 try:
                     self.read(kind, name)
-                except (DamagedReferenceError, ValueError) as error:
+                except (CheckpointError, InputError) as error:
                     complaints.append(str(error))
         return tuple(complaints)
 
@@ -99,7 +117,8 @@ class References:
         with locked(self.directory / _LOCK):
             yield LockedReferences(self)
 
-    def _names(self, kind: str) -> tuple[str, ...]:
+    def names(self, kind: str) -> tuple[str, ...]:
+        """Of all references of a kind, those whose files are damaged too."""
         directory = self.directory / kind
         if not directory.is_dir():
             return ()
@@ -131,7 +150,7 @@ class LockedReferences:
 
         Durable when it returns. Raises MovedReferenceError, and changes nothing, where it points elsewhere.
         """
-        self._check(kind, name, expected)
+        self.check(kind, name, expected)
         moved = datetime.now(UTC).isoformat(timespec="seconds")
         reference = Reference(kind, name, check_name(checkpoint), digest, fence, moved, note)
         write_sealed(self.references._file(kind, name), {"format": FORMAT, **asdict(reference)})
@@ -139,7 +158,7 @@ class LockedReferences:
 
     def drop(self, kind: str, name: str, *, expected: str) -> None:
         """Remove ``kind``/``name``, which points to ``expected``, durably; raises as :meth:`move`."""
-        self._check(kind, name, expected)
+        self.check(kind, name, expected)
         path = self.references._file(kind, name)
         path.unlink()
         sync_directory(path.parent)
@@ -152,7 +171,11 @@ class LockedReferences:
         sync_directory(path.parent)
         return aside
 
-    def _check(self, kind: str, name: str, expected: str | None) -> None:
+    def check(self, kind: str, name: str, expected: str | None) -> None:
+        """Raise MovedReferenceError, or MissingCheckpointError where there is none, unless it points to ``expected``.
+
+        None: it does not exist.
+        """
         found = self.references.read(kind, name)
         points_to = found.checkpoint if found else None
         if points_to != expected:
