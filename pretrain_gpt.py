@@ -24,7 +24,9 @@ def main() -> None:
     if config.dry_run:
         describe(config)
     else:
-        pretrain(config)
+        # from before the long imports on: a signal is noted whenever it comes, and heeded by all ranks together
+        with StopRequest(config.runtime.exit_duration_in_mins).listening() as stop:
+            pretrain(config, stop)
 
 
 def parsed(arguments: Sequence[str]) -> Config:
@@ -56,8 +58,8 @@ def describe(config: Config) -> None:
         print(json.dumps(job_as_json(job)) if config.json else describe_job(job))
 
 
-def pretrain(config: Config) -> None:
-    """What a launch does; every rank runs it."""
+def pretrain(config: Config, stop: StopRequest) -> None:
+    """What a launch does; every rank runs it. ``stop``: whether it was asked to end early."""
     from megalrps.evaluation.releases import evaluate_releases, finish_run
     from megalrps.parallel.world import open_world
     from megalrps.training.loop import train
@@ -65,7 +67,6 @@ def pretrain(config: Config) -> None:
 
     runtime = config.runtime
     with (
-        StopRequest(runtime.exit_duration_in_mins).listening() as stop,
         open_world(
             os.environ,
             device=runtime.device,

@@ -8,7 +8,14 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from megalrps.errors import EXIT_INPUT_ERROR, EXIT_NO_SPACE, PreemptedError, RepeatedError, ToldError
+from megalrps.errors import (
+    EXIT_INPUT_ERROR,
+    EXIT_NO_SPACE,
+    PreemptedError,
+    RepeatedError,
+    ToldError,
+    exit_status_of,
+)
 
 EXIT_INTERRUPTED = 130
 """What a shell reports for a program ended by the interrupt key."""
@@ -54,12 +61,23 @@ def run_tool(main: Callable[[], None], program: str) -> NoReturn:
         _fail(
             program,
             f"{error.filename or 'a file'}: {error.strerror}; check the path, its permissions and the space left",
-            EXIT_NO_SPACE if error.errno in _NO_SPACE else EXIT_INPUT_ERROR,
+            exit_status(error),
         )
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
+
+
+def exit_status(error: BaseException) -> int:
+    """The status that :func:`run_tool` leaves the process with for ``error``; 1 for a defect."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS:
+        return EXIT_NO_SPACE if error.errno in _NO_SPACE else EXIT_INPUT_ERROR
+    return exit_status_of(error)
 
 
 def _fail(program: str, message: str, status: int) -> NoReturn:

@@ -50,9 +50,13 @@ class RepeatedError(InputError):
 
 
 class PreemptedError(ToldError):
-    """The run was asked to stop, and has: what was trained is committed."""
+    """The run was asked to stop by ``reason``, and has: what was trained is committed."""
 
     exit_status = EXIT_PREEMPTED
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class DivergedError(ToldError):

@@ -7,7 +7,8 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -67,6 +68,25 @@ def launch_nodes(
         told = "\n".join(f"node {place}: {node.stdout}{node.stderr}" for place, node in enumerate(ended))
         pytest.fail(f"{' '.join(arguments[:2])} has not ended after {seconds:.0f} s\n{told}", pytrace=False)
     return ended
+
+
+@contextmanager
+def launched(*command: str | Path, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``command``, running, for a test that signals it; ``log`` gets its words. Nothing of it outlives the block."""
+    launch = secrets.token_hex(16)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            env=environment | {_MARK: launch, "PYTHONFAULTHANDLER": "1"},
+            cwd=log.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield process
+    finally:
+        _end(launch, [(process,)])
 
 
 def _wait(processes: list[subprocess.Popen[str]], deadline: float) -> bool:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megalrps.commandline import run_tool
-from megalrps.errors import InputError, RepeatedError
+from megalrps.errors import EXIT_NO_SPACE, InputError, RepeatedError
 
 
 def run(error: BaseException | None) -> int | str | None:
@@ -33,7 +33,8 @@ def test_a_users_error_is_one_line_and_status_two(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS, errno.ENOTDIR])
 def test_a_refusal_of_the_system_names_the_file(code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(OSError(code, os.strerror(code), "/some/file")) == 2
+    status = EXIT_NO_SPACE if code in (errno.ENOSPC, errno.EROFS) else 2
+    assert run(OSError(code, os.strerror(code), "/some/file")) == status
     assert capsys.readouterr().err.startswith(f"tool: error: /some/file: {os.strerror(code)};")
 
 

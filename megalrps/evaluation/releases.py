@@ -36,14 +36,17 @@ def evaluate_releases(run: Run) -> None:
         run.state.filled()
         run.state.checkpoint = None  # the weights are the release's now, the moments are not
         for place in missing:
+            where = f"of {name} on {run.job.increments[place].manifest.name}"
+            run.leave_if_asked(f"before the evaluation {where}")
+            run.watch.enter("evaluation", where)
             loss = _measure(run, model, run.job.held_out[place])
             known[_key(run, place)] = asdict(loss)
             version, increment = run.lineage.records[name].version, run.job.increments[place].manifest.name
             run.log.say(
                 f"{version} on {increment}: perplexity {loss.perplexity:.3f}, {loss.bits_per_byte:.4f} bits per byte"
             )
-        if run.world.is_first:
-            write_json(_file(run, name), known)
+            if run.world.is_first:
+                write_json(_file(run, name), known)
 
 
 def finish_run(run: Run) -> None:
@@ -54,6 +57,7 @@ def finish_run(run: Run) -> None:
     from megalrps.evaluation.report import write_report  # it loads matplotlib: on one rank, at the end
     from megalrps.evaluation.run_files import read_run
 
+    run.watch.enter("summary and report")
     lineage, job = run.lineage, run.job
     missing = {segment.path: None for segment in job.plan.segments if run.finished(segment) is None}
     if missing:

@@ -14,6 +14,7 @@ from megalrps.parallel.group import Group
 
 T = TypeVar("T")
 
+_NCCL_WAITS_LONGER = 10.0  # seconds
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -25,6 +26,11 @@ class World(Group):
     def is_first(self) -> bool:
         """Whether this is the one rank that writes logs, metrics and manifests."""
         return self.rank == 0
+
+    @property
+    def store(self) -> dist.Store | None:
+        """Where the ranks found each other: a key-value store that outlives a failed collective; None: it is alone."""
+        return None if self.group is None else dist.distributed_c10d._get_default_store()
 
     def decided(self, decide: Callable[[], T]) -> T:
         """What ``decide`` gives on the first rank, on every rank.
@@ -99,12 +105,10 @@ def open_world(
         raise InputError(f"RANK is set but {', '.join(missing)} is not: launch with torchrun, or unset RANK")
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     place = _device(device, int(environment["LOCAL_RANK"]))
+    backend = backend or ("nccl" if place.type == "cuda" else "gloo")
     try:
         dist.init_process_group(
-            backend or ("nccl" if place.type == "cuda" else "gloo"),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(minutes=timeout_minutes),
+            backend, rank=rank, world_size=size, timeout=collective_timeout(timeout_minutes, backend)
         )
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
@@ -119,6 +123,15 @@ def open_world(
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def collective_timeout(minutes: float, backend: str) -> timedelta:
+    """After how long a collective of ``backend`` fails, where ranks may wait for each other ``minutes``.
+
+    gloo raises an error, which can be explained. NCCL's own watchdog ends the process without naming a rank: it is to
+    come after whoever does (megalrps/training/watch.py).
+    """
+    return timedelta(minutes=minutes, seconds=_NCCL_WAITS_LONGER if backend == "nccl" else 0.0)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

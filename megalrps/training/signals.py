@@ -12,6 +12,11 @@ from types import FrameType
 STOP_REASONS: tuple[str | None, ...] = (None, "--exit-interval", "--exit-duration-in-mins", "SIGUSR1", "SIGTERM")
 """Why a run saves and leaves before its plan is done; where ranks have several, the last of them counts."""
 
+GRACE_SECONDS = 30
+"""After so many seconds torchrun kills the ranks that it has passed a SIGTERM on to."""
+SAFE_GRACE_SECONDS = 25
+"""What one update and one save may take together to fit into it."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
