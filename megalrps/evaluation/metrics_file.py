@@ -148,7 +148,7 @@ def _record(line: bytes, path: Path, number: int) -> Record:
         path=fields.text("path"),
         step=fields.count("step"),
         tokens=fields.count("tokens"),
-        loss=fields.number("loss"),
+        loss=math.nan if value.get("loss", 0.0) is None else fields.number("loss"),  # null: it was no number
         lr=fields.size("lr"),
         tokens_per_second=fields.size("tokens_per_second") if "tokens_per_second" in fields else None,
         mfu=fields.size("mfu") if "mfu" in fields else None,

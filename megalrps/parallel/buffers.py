@@ -20,6 +20,7 @@ from megalrps.parallel.collectives import start_stack
 from megalrps.parallel.gradient_sums import GradientSums
 from megalrps.parallel.main_gradient import MainGradient, ProductQueue, set_main_gradient
 from megalrps.parallel.mesh import Mesh, alone
+from megalrps.parallel.ordered_sums import OrderedSums
 from megalrps.parallel.parameter_gathers import ParameterGathers
 from megalrps.parallel.placement import WHOLE, Placement
 from megalrps.parallel.shard_view import ShardView
@@ -49,7 +50,9 @@ class FlatBuffers:
     of each parameter of the model the module holds, by name, on ``mesh``; without, it holds all of every one.
     ``compute_dtype`` is the type of those that ``narrows``; their masters keep the type that they were built in.
     ``bucket_size`` is in elements. ``uses``: how often a parameter contributes in a micro-batch, where it is not once.
-    ``offload`` keeps masters, and the optimizer's state with them, on the host.
+    ``offload`` keeps masters, and the optimizer's state with them, on the host. ``in_order``: gradients add up in an
+    order that does not depend on the number of replicas, a power of two (:mod:`megalrps.parallel.ordered_sums`): the
+    end of each micro-batch has to be told then, and gradients are not sharded.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class FlatBuffers:
         shared_with_ends: frozenset[str] = frozenset(),
         uses: Mapping[str, int] | None = None,
         offload: bool = False,
+        in_order: bool = False,
     ) -> None:
         named = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
         self._mesh = mesh or alone(named[0][1].device if named else torch.device("cpu"))
@@ -88,9 +92,15 @@ class FlatBuffers:
         }
         cut = cut_into_buckets(named, kinds, bucket_size)
         self.buckets = tuple(self._bucket(kind, members, offload) for kind, members in cut)
+        self.in_order = in_order
         frees = self.sharding == "optim_grads"
-        self._sums = GradientSums(
-            self.buckets, replicas, frees=frees, overlap=overlap_grad_reduce, uses=Counter(uses or {})
+        assert not (in_order and frees), "options.py refuses it"
+        self._sums: GradientSums | OrderedSums = (
+            OrderedSums(self.buckets, replicas)
+            if in_order
+            else GradientSums(
+                self.buckets, replicas, frees=frees, overlap=overlap_grad_reduce, uses=Counter(uses or {})
+            )
         )
         self._gathers = ParameterGathers(module, self.buckets, replicas, overlap=overlap_param_gather)
         for index, (bucket, (_, members)) in enumerate(zip(self.buckets, cut, strict=True)):
@@ -107,6 +117,11 @@ class FlatBuffers:
         """Set every gradient to zero and expect the contributions of ``micro_batches`` passes."""
         self._sums.begin(micro_batches)
 
+    def end_micro_batch(self) -> None:
+        """All that one micro-batch adds to gradients has been added; of no effect but where they add up in order."""
+        if isinstance(self._sums, OrderedSums):
+            self._sums.end_micro_batch()
+
     def finish_gradients(self) -> None:
         """Leave the sums over all that compute a part of a gradient in the buckets' ``gradient_shard``.
 
@@ -120,11 +135,11 @@ class FlatBuffers:
 
         What several ranks hold is counted once: each of n holders adds 1 / n of its square. No number where any rank's
         is none. Squares add up in fp64, in the order of ranks: a sum by the network may come in another on each rank.
+        Where gradients add up in order, so do squares: parameter by parameter, of which every replica has all.
         """
-        squares = [sum_of_squares(bucket.gradient_shard).double() / bucket.times_held for bucket in self.buckets]
-        total = torch.stack(squares).sum()
-        mesh = self._mesh
-        for group in (mesh.tensor, mesh.pipeline, *([] if self.sharding == "no_shard" else [mesh.replicas])):
+        total = torch.stack(self._squares_in_order() if self.in_order else self._squares()).sum()
+        mesh, whole = self._mesh, self.in_order or self.sharding == "no_shard"
+        for group in (mesh.tensor, mesh.pipeline, *([] if whole else [mesh.replicas])):
             if group.size > 1:
                 total = start_stack(total.view(1), group).wait().sum()
         return total.sqrt().to(self.buckets[0].gradient_shard.dtype)
@@ -183,6 +198,18 @@ class FlatBuffers:
     def wait_parameters(self) -> None:
         """All that :meth:`publish` began is done."""
         self._gathers.wait_all()
+
+    def _squares(self) -> list[Tensor]:
+        return [sum_of_squares(bucket.gradient_shard).double() / bucket.times_held for bucket in self.buckets]
+
+    def _squares_in_order(self) -> list[Tensor]:
+        """By name: shards end elsewhere with other replicas, and buckets with another --ddp-bucket-size."""
+        squares = {
+            piece.name: sum_of_squares(view).double() / bucket.times_held
+            for bucket in self.buckets
+            for piece, view in zip(bucket.slices, bucket.gradient_views, strict=True)
+        }
+        return [squares[name] for name in sorted(squares)]
 
     def _placement(self, name: str) -> Placement:
         return self.placements.get(name, WHOLE)

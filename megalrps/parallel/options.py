@@ -48,6 +48,9 @@ class ParallelOptions:
     optimizer_cpu_offload: bool = False
     """Keep the optimizer's state and the fp32 masters on the host, and update the parameters there."""
 
+    deterministic_reduction: bool = False
+    """For debugging: the same bits on 1, 2, 4 ... data-parallel ranks; more copies of gradients, all sent to all."""
+
     def layout(self, world_size: int) -> Layout:
         """The layout of ``world_size`` ranks; raises InputError where they do not fill it."""
         return layout_of(
@@ -56,6 +59,28 @@ class ParallelOptions:
             pipeline=self.pipeline_model_parallel_size,
             context=self.context_parallel_size,
         )
+
+    def check_reduction(self, data_ranks: int, micro_batch_size: int | None, optimizer_backend: str) -> None:
+        """Raise InputError where --deterministic-reduction could not keep its promise, or does not work."""
+        if not self.deterministic_reduction:
+            return
+        flag = "--deterministic-reduction"
+        if micro_batch_size is None:
+            raise InputError(f"{flag} adds micro-batches up in their order: give --micro-batch-size, always the same")
+        if data_ranks & (data_ranks - 1):
+            raise InputError(
+                f"{flag} takes 1, 2, 4, 8 ... data-parallel ranks, not {data_ranks}: change --nproc-per-node or leave "
+                "it out"
+            )
+        refused = {
+            "--pipeline-model-parallel-size": self.pipeline_model_parallel_size > 1,
+            "--context-parallel-size": self.context_parallel_size > 1,
+            "--data-parallel-sharding-strategy optim_grads": self.data_parallel_sharding_strategy == "optim_grads",
+            f"--optimizer-backend {optimizer_backend}": optimizer_backend in ("torch", "apex"),
+        }
+        for other, given in refused.items():
+            if given:
+                raise InputError(f"{flag} does not go with {other}: leave one of them out")
 
     @property
     def fewest_ranks(self) -> int:

@@ -52,6 +52,7 @@ def assemble(job: Job, mesh: Mesh, dtype: torch.dtype | None = None) -> TrainSta
         shared_with_ends=frozenset({_EMBEDDING} if mesh.ends is not None else ()),
         uses={_EMBEDDING: 2} if tied and holds_both else {},
         offload=parallel.optimizer_cpu_offload,
+        in_order=parallel.deterministic_reduction,
     )
     engine = Engine(
         stages,

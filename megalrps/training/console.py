@@ -18,14 +18,19 @@ def step_line(metrics: StepMetrics, last_step: int) -> str:
     parts = [
         f"{where:>10}",
         f"step {metrics.step:>{width}}/{last_step}",
-        f"loss {metrics.loss:.4f}",
-        f"grad norm {metrics.grad_norm:.3f}" if metrics.grad_norm is not None else "skipped: gradients overflowed",
+        f"loss {metrics.loss:.4f}" if metrics.loss is not None else "loss is no number",
+        f"grad norm {metrics.grad_norm:.3f}" if metrics.grad_norm is not None else _why_skipped(metrics),
         f"lr {metrics.lr:.3e}",
         f"{metrics.tokens_per_second:,.0f} tokens/s",
     ]
     if metrics.mfu is not None:
         parts.append(f"MFU {metrics.mfu:.1%}")
     return " | ".join(parts)
+
+
+def _why_skipped(metrics: StepMetrics) -> str:
+    overflow = metrics.loss_scale is not None and metrics.loss is not None
+    return "skipped: gradients overflowed" if overflow else "skipped: no numbers to update with"
 
 
 def announce(text: str) -> None:

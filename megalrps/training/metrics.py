@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from megalrps.errors import InputError
-from megalrps.files import locked, replacing
+from megalrps.files import locked, replacing, sync_directory
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,14 @@ class StepMetrics:
     """One line of metrics.jsonl.
 
     ``step`` counts optimizer updates along the path's trajectory, what it inherited from its parent included;
-    ``tokens`` and ``samples`` likewise. ``loss`` is in nats per token, ``mfu`` a fraction or None (peak not known).
+    ``tokens`` and ``samples`` likewise. ``loss`` is in nats per token, None where it was no number; ``mfu`` a fraction
+    or None (peak not known). ``skipped``: the update was left out; its step counts all the same.
     """
 
     path: str
     version: str
     step: int
-    loss: float
+    loss: float | None
     lr: float
     grad_norm: float | None
     tokens: int
@@ -32,6 +33,7 @@ class StepMetrics:
     tokens_per_second: float
     mfu: float | None = None
     loss_scale: float | None = None
+    skipped: bool = False
 
 
 class MetricsFile:
@@ -48,6 +50,7 @@ class MetricsFile:
         with locked(self._lock):
             self.dropped = _keep_lines(path, lambda of, step: step <= covered.get(of, step)) if path.exists() else 0
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        sync_directory(path.parent)  # sync() makes lines durable, not the file's name
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step; a reader sees whole lines only."""
@@ -67,9 +70,16 @@ class MetricsFile:
             return _keep_lines(self._path, lambda of, step: of != path or not after < step <= until)
 
     def sync(self) -> None:
-        """Make all lines durable: called before a checkpoint is committed, so that the checkpoint covers them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make all lines durable: called before a checkpoint is committed, so that the checkpoint covers them.
+
+        On any thread, beside a :meth:`write`: whichever file lies there has all the lines that were written before, and
+        one that another launch has put there was durable before it came.
+        """
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self

@@ -51,12 +51,12 @@ class Optimizer:
         self.settle()
         return None if self.scale is None else self.scale.value
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, loss: Tensor | None = None) -> Tensor:
         """Clip, update every parameter once, and return the gradient norm before clipping (a scalar tensor).
 
-        The norm is that of the unscaled gradients. Where it is no number, on all ranks alike, everything keeps its
-        bits. The host waits for nothing on a GPU, so it does not know whether this was an update until the norm is
-        read: see :meth:`settle`.
+        The norm is that of the unscaled gradients. Where it is no number, or ``loss`` (a scalar tensor on the device of
+        the gradients) is none, on all ranks alike, everything keeps its bits. The host waits for nothing on a GPU, so
+        it does not know whether this was an update until the two are read: see :meth:`settle`.
         """
         self.settle()
         norm = self.buffers.gradient_norm()
@@ -66,20 +66,21 @@ class Optimizer:
             norm = norm * factor
         if self.options.clip_grad > 0:
             factor *= (self.options.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-        self.update(learning_rate, torch.where(torch.isfinite(norm), factor, torch.nan))
-        self._unsettled = norm
+        finite = torch.isfinite(norm) if loss is None else torch.isfinite(norm) & torch.isfinite(loss)
+        self.update(learning_rate, torch.where(finite, factor, torch.nan))
+        self._unsettled = finite
         self.buffers.publish()
         return norm
 
     def settle(self, finite: bool | None = None) -> None:
         """Count the last step if it was an update, and let the loss scale follow it; once, however often it is called.
 
-        ``finite``: whether its norm is a number, from who has read that; None: it is read here, and waited for.
+        ``finite``: whether its figures are numbers, from who has read them; None: it is read here, and waited for.
         """
         if self._unsettled is None:
             return
         if finite is None:
-            finite = bool(torch.isfinite(self._unsettled))
+            finite = bool(self._unsettled)
         self._unsettled = None
         self._updates += finite
         if self.scale is not None:
@@ -120,15 +121,24 @@ class Optimizer:
         if self.scale is not None:
             self.scale.reset()
 
-    def named_state(self) -> Iterator[tuple[str, Tensor]]:
-        """("updates", count), then ("exp_avg.NAME" or "exp_avg_sq.NAME", view) for every parameter NAME.
+    @property
+    def moments(self) -> dict[str, list[Tensor]]:
+        """The state that is laid out like the buckets' shards."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
-        The views are global ones (:meth:`FlatBuffers.named`). With a loss scale, also what it keeps.
-        """
+    def named_counts(self) -> Iterator[tuple[str, Tensor]]:
+        """("updates", count), and with a loss scale what that keeps: live scalars."""
         yield "updates", self.updates
         if self.scale is not None:
             yield from self.scale.named_state()
-        for kind, moments in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """:meth:`named_counts`, then ("exp_avg.NAME" or "exp_avg_sq.NAME", view) for every parameter NAME.
+
+        The views are global ones (:meth:`FlatBuffers.named`).
+        """
+        yield from self.named_counts()
+        for kind, moments in self.moments.items():
             for name, view in self.buffers.named(moments):
                 yield f"{kind}.{name}", view
 

@@ -26,6 +26,7 @@ from megalrps.kernels import attention
 from megalrps.parallel.bucket import Bucket
 from megalrps.parallel.group import Group
 from megalrps.parallel.mesh import Mesh
+from megalrps.parallel.ordered_sums import most_sums
 from megalrps.training.assemble import assemble, exchanged, job_mesh
 from megalrps.training.prepare import Job
 from megalrps.training.state import TrainState
@@ -62,9 +63,10 @@ class StageTrace:
 class RankTrace:
     """A rank: bytes that it always holds, the passes of its stages in order, and bytes that it sends by dimension.
 
-    ``host`` are the bytes of ``--optimizer-cpu-offload``, which its device does not hold. ``update`` is the most that
-    the end of a step, from the last sums to the gathering of parameters, takes beside what is always there (the kernel
-    of AdamW takes nothing). ``sent_by_pass`` are those of one micro-batch, ``sent_once`` those of a step beside them.
+    ``host`` are the bytes of ``--optimizer-cpu-offload`` and ``--async-save``, which its device does not hold.
+    ``update`` is the most that the end of a step, from the last sums to the gathering of parameters, takes beside what
+    is always there (the kernel of AdamW takes nothing). ``sent_by_pass`` are those of one micro-batch, ``sent_once``
+    those of a step beside them.
     """
 
     elements: int
@@ -140,19 +142,22 @@ def _traced(job: Job, mesh: Mesh, state: TrainState, tracker: StorageTracker) ->
     buffers.begin(1)
     with TrafficCounter(label) as passes:
         stages = tuple(_traced_stage(job, state, index, tracker) for index in sorted(state.engine.stages))
+        buffers.end_micro_batch()
     before = tracker.mark()
     with TrafficCounter(label) as once:
         buffers.finish_gradients()
         buffers.gradient_norm()
         buffers.publish()
         buffers.wait_parameters()
+    passed = job.config.training.global_batch_size // job.layout.dp // job.micro_batch_size
+    kept = most_sums(passed) * _bytes([bucket.gradients for bucket in buffers.buckets]) if buffers.in_order else 0
     by_pass = Counter({name: sent for name, sent in passes.sent.items() if name != "dp" or frees})
     return RankTrace(
         elements=sum(piece.shape.numel() for bucket in buffers.buckets for piece in bucket.slices),
         parameters=parameter_bytes,
-        gradients=tracker.peak_apart,
+        gradients=tracker.peak_apart + kept,
         optimizer=0 if offload else optimizer_bytes,
-        host=sum(each.nbytes for each in (*masters, *moments)) if offload else 0,
+        host=(offload + job.config.checkpoint.async_save) * sum(each.nbytes for each in (*masters, *moments)),
         other=other,
         stages=stages,
         update=tracker.peak - before,

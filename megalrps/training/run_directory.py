@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalrps.errors import InputError
+from megalrps.files import sync_directory
 
 _MARK = "plan.json"
 
@@ -29,6 +30,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object for each step whose numbers were none or leapt."""
+        return self.root / "events.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -65,7 +71,10 @@ class RunDirectory:
         Raises InputError for a place that cannot be written or that holds something else than a run.
         """
         try:
+            made_above = [place for place in (self.root, *self.root.parents) if not place.exists()]
             self.root.mkdir(parents=True, exist_ok=True)
+            for place in made_above:
+                sync_directory(place.parent)  # or the whole run may be gone after a loss of power
             self.check()
             for made in (self.checkpoints, self.lineage, self.evaluations):
                 made.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ from megalrps.errors import InputError, RepeatedError
 from megalrps.evaluation import report
 from megalrps.model.transformer import SummedLoss, Transformer
 from megalrps.training import loop
-from megalrps.training.loop import NonFiniteError
+from megalrps.training.stability import NonFiniteError
 
 HEADS = ("--num-attention-heads", "4", "--num-query-groups", "2")
 TP2 = ("--tensor-model-parallel-size", "2")
