@@ -26,6 +26,7 @@ from tiny_job import (
     write_increment,
 )
 
+from megalrps.errors import EXIT_HELD
 from megalrps.training import loop
 
 
@@ -166,7 +167,7 @@ REFUSALS: dict[str, tuple[Command, tuple[str, ...]]] = {
     "unknown paradigm": (flags("--paradigm", "lprs"), ("--paradigm lprs is unknown: did you mean lrps?",)),
     "unknown decay": (flags("--lr-decay-style", "cosin"), ("--lr-decay-style cosin is unknown: did you mean cosine?",)),
     "min-lr above lr": (flags("--min-lr", "1"), ("--min-lr 1 must lie between 0 and --lr 0.01",)),
-    "file at --save": (saved_at("run", "run"), ("--save", "cannot be written (File exists)")),
+    "file at --save": (saved_at("run", "run"), ("--save", "is a file: name a directory")),
     "file above --save": (saved_at("file/run", "file"), ("--save", "cannot be written (Not a directory)")),
     "read-only --save": (saved_at("/proc/megalrps"), ("--save /proc/megalrps cannot be written",)),
     "foreign --save": (saved_at("run", "run/thesis.tex"), ("is not empty and not a run directory", "thesis.tex")),
@@ -196,11 +197,11 @@ REFUSALS: dict[str, tuple[Command, tuple[str, ...]]] = {
 
 
 def check_refused(
-    arguments: list[str], place: Path, parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], place: Path, parts: tuple[str, ...], capsys: pytest.CaptureFixture[str], status: int = 2
 ) -> None:
-    """The launch ends with status 2 and one line that holds ``parts``, and leaves every file as it was."""
+    """The launch ends with ``status`` and one line that holds ``parts``, and leaves every file as it was."""
     before = files_of(place)
-    assert launch(arguments) == 2
+    assert launch(arguments) == status
     out, err = capsys.readouterr()
     assert err.startswith("pretrain_gpt.py: error: ") and err.endswith("\n") and err.count("\n") == 1
     assert [part for part in parts if part not in err] == [], err
@@ -258,15 +259,16 @@ def test_a_second_launch_is_kept_out_until_the_first_has_gone(
     data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run = tmp_path / "run"
-    first = processes().Process(target=_launch_and_stop, args=(command(data, run), 5), daemon=True)
+    quiet = command(data, run, "--lease-seconds", "600")  # it does not beat, and so writes nothing, while it waits
+    first = processes().Process(target=_launch_and_stop, args=(quiet, 5), daemon=True)
     first.start()
     try:
         deadline = time.monotonic() + 60
         while not ((run / "metrics.jsonl").exists() and len(metrics(run)) == 4):
             assert time.monotonic() < deadline and first.is_alive(), "the first launch does not train"
             time.sleep(0.01)
-        complaint = f"--save {run}: another launch is training here"
-        check_refused(command(data, run), tmp_path, (complaint,), capsys)
+        complaint = f"is being trained by another launch (process {first.pid} on "
+        check_refused(command(data, run), tmp_path, (complaint,), capsys, EXIT_HELD)
     finally:
         first.kill()
         first.join()

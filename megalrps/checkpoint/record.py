@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megalrps.checkpoint.errors import UnknownFormatError
+
 RECORD_VERSION = 2
 
 KINDS = ("periodic", "fork", "release", "end")
@@ -45,9 +47,12 @@ class CheckpointRecord:
     random: Mapping[str, Any] = field(default_factory=dict)
     """The random state: seeds alone, where nothing draws after the initialisation but what is keyed by them."""
     allowed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By option: what was changed on the way here that changes the result (``was``, ``is``), and the ``reason``."""
+    """By option: what was changed in the lineage before this was trained, and changes the result (``was``, ``is``), the
+    ``reason``, and the ``earlier`` changes of the same."""
     skipped: int = 0
     """Updates along the trajectory that were left out because a loss or gradient was no number."""
+    skipped_in_a_row: int = 0
+    """Of these the last ones, with no update between or after them."""
     recent_losses: tuple[float, ...] = ()
     """The last losses of the trajectory, oldest first, that the detector of spikes compares the next one with."""
 
@@ -68,11 +73,15 @@ class CheckpointRecord:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "CheckpointRecord":
-        """The record back; raises ValueError for another version, or a missing, unknown or mistyped field.
+        """The record back; ValueError for a missing, unknown or mistyped field, UnknownFormatError for a later version.
 
         Version 1 had not the fields of _SINCE_2.
         """
         version = value.get("record_version")
+        if type(version) is int and version > RECORD_VERSION:
+            raise UnknownFormatError(
+                f"record version {version}, this version reads {RECORD_VERSION}: use the megalrps that wrote it"
+            )
         if version not in (1, RECORD_VERSION):
             raise ValueError(f"record version {version!r} is not {RECORD_VERSION}")
         types = {name: kinds for name, kinds in _TYPES.items() if version == RECORD_VERSION or name not in _SINCE_2}
@@ -106,6 +115,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "random": _OBJECT,
     "allowed": _OBJECT,
     "skipped": _COUNT,
+    "skipped_in_a_row": _COUNT,
     "recent_losses": (list,),
 }
-_SINCE_2 = frozenset({"layout", "random", "allowed", "skipped", "recent_losses"})
+_SINCE_2 = frozenset({"layout", "random", "allowed", "skipped", "skipped_in_a_row", "recent_losses"})

@@ -1,26 +1,31 @@
 """How a launch takes hold of a run: everything checked, the paths' leases taken, references and metrics put right."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from megalrps.checkpoint.background import BackgroundSave
+from megalrps.checkpoint.errors import LostCheckpointError
 from megalrps.checkpoint.leases import Leases
 from megalrps.checkpoint.lineage import Lineage, read_lineage
 from megalrps.checkpoint.names import path_of
 from megalrps.checkpoint.publication import Publisher
-from megalrps.checkpoint.references import References
+from megalrps.checkpoint.references import KINDS, References
 from megalrps.checkpoint.store import Store
 from megalrps.config import Config
-from megalrps.errors import InputError
+from megalrps.errors import InputError, PreemptedError
 from megalrps.files import write_json, write_text
 from megalrps.parallel.mesh import Mesh
-from megalrps.parallel.world import World
+from megalrps.parallel.world import World, collective_timeout
+from megalrps.training.allowed import texts_of
 from megalrps.training.assemble import assemble, job_mesh
 from megalrps.training.console import Log, announce
-from megalrps.training.continuation import check_continuation, difference_between_ranks, identity
+from megalrps.training.continuation import as_planned, check_continuation, difference_between_ranks, identity
 from megalrps.training.control import Control
 from megalrps.training.describe import describe_size
 from megalrps.training.implementations import check_implementations, describe_implementations
@@ -28,15 +33,20 @@ from megalrps.training.metrics import MetricsFile
 from megalrps.training.prepare import Job, prepare
 from megalrps.training.run import Run, finished_by, source_of
 from megalrps.training.run_directory import RunDirectory
-from megalrps.training.signals import StopRequest
+from megalrps.training.run_state import RunState
+from megalrps.training.signals import STOP_REASONS, StopRequest
+from megalrps.training.snapshot import Background, Left, Snapshot
+from megalrps.training.watch import Watch
 
 
 def check_place(job: Job) -> None:
     """Raise InputError where :func:`open_run` would refuse the job's directory; makes and changes nothing."""
     directory = RunDirectory(Path(str(job.config.checkpoint.save)))
     directory.check()
+    references = References(directory.lineage)  # read before the checkpoints: whoever prunes one has a newer one
+    acknowledged = [f"{kind}/{name}" for kind in KINDS for name in references.names(kind)]
     lineage = read_lineage(directory.checkpoints)
-    _check_load(job, lineage, directory)
+    _check_load(job, lineage, directory, acknowledged)
     check_continuation(lineage, job, directory.root)
 
 
@@ -48,27 +58,51 @@ def open_run(config: Config, world: World, stop: StopRequest | None = None) -> I
     options, data or a directory that cannot be used or that belong to another run, and HeldError, having written
     nothing at all, where another launch trains one of the paths.
     """
-    with ExitStack() as stack:
+    timeout = timedelta(minutes=config.runtime.distributed_timeout_minutes)
+    stop = stop or StopRequest(config.runtime.exit_duration_in_mins)
+    watch = Watch(world.rank, world.size, world.store, timeout.total_seconds())
+    with watch, ExitStack() as stack, watch.explained():
         job = world.together(lambda: prepare(config, world.size))
         world.agree(difference_between_ranks(world.gathered(identity(job))))
         world.together(lambda: _check_device(job, world))
         paths = world.together(lambda: _paths(job))
         directory = RunDirectory(Path(str(config.checkpoint.save)))
         world.decided(lambda: check_place(job))
-        publisher = world.together(lambda: _take_hold(job, paths, directory, stack) if world.is_first else None)
+        _leave_if_asked(world, stop)
+        publisher = world.together(lambda: _take_hold(job, paths, directory, stop, stack) if world.is_first else None)
+        told = world.together(lambda: _told(publisher, config, paths, directory, world, stack) if publisher else None)
         store = Store(directory.checkpoints, world.group)
         store.prepare(lambda name: path_of(name) in paths)
-        lineage = world.decided(lambda: read_lineage(store.directory))
-        world.together(lambda: check_continuation(lineage, job, directory.root))
-        said = world.together(lambda: publisher.reconcile(lineage, store.directory) if publisher else [])
-        mesh = job_mesh(job, world, timedelta(minutes=config.runtime.distributed_timeout_minutes))
-        control = Control(dist.new_group(backend="gloo") if world.group is not None else None)
+        found = world.decided(lambda: read_lineage(store.directory))
+        allowed = world.together(lambda: check_continuation(found, job, directory.root))
+        lineage = as_planned(found, job)
+        said = world.together(lambda: publisher.reconcile(store.directory) if publisher else [])
+        backend = "gloo" if world.group is None else dist.get_backend(world.group)
+        mesh = job_mesh(job, world, collective_timeout(config.runtime.distributed_timeout_minutes, backend))
+        control = Control(dist.new_group(backend="gloo", timeout=timeout) if world.group is not None else None)
         run = world.together(
             lambda: _opened(job, world, mesh, directory, store, lineage, paths, publisher, control, stop, stack)
         )
-        for line in said:
+        run.watch, run.allowed = watch, allowed
+        if told is not None:
+            told.trained = run.state
+            watch.last_words.append(told.ended)
+        for line in (*said, *(f"allowed: {text}" for text in texts_of(allowed))):
             run.log.say(line)
+        if config.checkpoint.async_save:
+            run.background = _background(config, world, run, stack)
         yield run
+
+
+def _background(config: Config, world: World, run: Run, stack: ExitStack) -> Background:
+    """What writes checkpoints while training goes on; it ends before anything else of the run does. Collective."""
+    timeout = timedelta(minutes=config.runtime.distributed_timeout_minutes)
+    group = dist.new_group(backend="gloo", timeout=timeout) if world.group is not None else None
+    # an exception is told before the watch gives this rank up, which waits with it
+    saves: BackgroundSave[Left] = BackgroundSave(Store(run.store.directory, group), timeout.total_seconds() / 2)
+    snapshot = world.together(lambda: Snapshot(run.state))
+    among = replace(world, device=torch.device("cpu"), group=group)
+    return Background(among, stack.enter_context(saves), snapshot)
 
 
 def _paths(job: Job) -> frozenset[str]:
@@ -81,16 +115,26 @@ def _paths(job: Job) -> frozenset[str]:
     return frozenset(asked or known)
 
 
-def _check_load(job: Job, lineage: Lineage, directory: RunDirectory) -> None:
-    """Raise InputError where ``--load`` does not agree with what is in the directory."""
-    load, trained = job.config.checkpoint.load, bool(lineage.records or lineage.refused)
-    if load == "required" and not trained:
-        raise InputError(f"--load required: --save {directory.root} holds no checkpoint; name the run, or leave it out")
-    if load == "none" and trained:
+def _check_load(job: Job, lineage: Lineage, directory: RunDirectory, acknowledged: Sequence[str]) -> None:
+    """Raise InputError where ``--load`` does not agree with what is in the directory.
+
+    ``acknowledged`` are the lineage's references. Where there are some and no checkpoint at all, something is missing,
+    and no run is begun again because of that: LostCheckpointError.
+    """
+    load, found = job.config.checkpoint.load, bool(lineage.records or lineage.refused)
+    if load == "none" and (found or acknowledged):
+        holds = f"{len(lineage.records)} checkpoints" if found else f"the lineage of a run ({acknowledged[0]})"
         raise InputError(
-            f"--load none: --save {directory.root} holds {len(lineage.records)} checkpoints; name a new directory, or "
-            "leave it out to go on with them"
+            f"--load none: --save {directory.root} holds {holds}; name a new directory, or leave it out to go on with "
+            "them"
         )
+    if acknowledged and not found:
+        raise LostCheckpointError(
+            f"{directory.lineage} has {acknowledged[0]}, and {directory.checkpoints} holds no checkpoint at all: "
+            "restore them from a copy, or begin anew in another --save"
+        )
+    if load == "required" and not found:
+        raise InputError(f"--load required: --save {directory.root} holds no checkpoint; name the run, or leave it out")
 
 
 def _check_device(job: Job, world: World) -> None:
@@ -103,8 +147,39 @@ def _check_device(job: Job, world: World) -> None:
         )
 
 
-def _take_hold(job: Job, paths: Collection[str], directory: RunDirectory, stack: ExitStack) -> Publisher:
-    """On the first rank: make the directory, and take the leases of ``paths``."""
+def _leave_if_asked(world: World, stop: StopRequest) -> None:
+    """Raise PreemptedError on every rank if any was asked to stop, having written nothing. Collective."""
+    reason = max(world.gathered(stop.reason), key=STOP_REASONS.index)
+    if reason is not None:
+        raise world.told_once(_asked_early(reason))
+
+
+def _asked_early(reason: str) -> PreemptedError:
+    return PreemptedError(f"stopped by {reason} before anything was trained: there was nothing to save", reason)
+
+
+def _told(
+    publisher: Publisher,
+    config: Config,
+    paths: Collection[str],
+    directory: RunDirectory,
+    world: World,
+    stack: ExitStack,
+) -> RunState:
+    """On the first rank: ``run_state.json``, from here to the end."""
+    file = directory.run_state(config.runtime.paths)
+    return stack.enter_context(RunState(file, publisher, paths, world.size))
+
+
+def _take_hold(
+    job: Job, paths: Collection[str], directory: RunDirectory, stop: StopRequest, stack: ExitStack
+) -> Publisher:
+    """On the first rank: make the directory, and take the leases of ``paths``, unless asked to stop meanwhile."""
+
+    def waiting() -> None:
+        if stop.reason is not None:
+            raise _asked_early(stop.reason)
+
     directory.create()
     references = References(directory.lineage)
     references.prepare()
@@ -114,6 +189,7 @@ def _take_hold(job: Job, paths: Collection[str], directory: RunDirectory, stack:
         _sources(job, paths),
         seconds=job.config.checkpoint.lease_seconds,
         watching=announce,
+        waiting=waiting,
     )
     return Publisher(references, stack.enter_context(taken))
 
@@ -138,7 +214,7 @@ def _opened(
     paths: frozenset[str],
     publisher: Publisher | None,
     control: Control,
-    stop: StopRequest | None,
+    stop: StopRequest,
     stack: ExitStack,
 ) -> Run:
     metrics = None
@@ -165,7 +241,6 @@ def _opened(
     if metrics is not None and metrics.dropped:
         log.say(f"dropped {metrics.dropped} lines of metrics that no checkpoint covers: those steps are done again")
     state = assemble(job, mesh)
-    stop = stop or StopRequest(job.config.runtime.exit_duration_in_mins)
     return Run(job, world, mesh, directory, store, lineage, state, paths, metrics, publisher, log, stop, control)
 
 

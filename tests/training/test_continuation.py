@@ -1,5 +1,6 @@
 """A new increment lengthens a run; whatever would change what has been trained is refused, and nothing is touched."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from megalrps.config import parse_config
 from megalrps.data.manifest import TokenizerIdentity
 from megalrps.errors import InputError
 from megalrps.training import loop
+from megalrps.training.allowed import OF_DATA
+from megalrps.training.decisive import FIXED
 from megalrps.training.opening import open_run
 
 OTHER_TOKENIZER = TokenizerIdentity("SentencePieceTokenizer", 64, 2, "1" * 64)
@@ -103,11 +106,16 @@ CHANGES = {
 
 
 def check_refused(run: Path, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``complaint`` is told, and --allow where that would help."""
     before = files_of(run)
     assert launch(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"pretrain_gpt.py: error: --save {run} holds ") and error.count("\n") == 1
-    assert f"{complaint}. Give the old options to go on, or name another directory" in error
+    assert f"{complaint}. Give the old options to go on, " in error
+    changes = re.findall(r"--([a-z0-9-]+) was|increment (\w+) has other", complaint)
+    allow = " ".join(f"{option or OF_DATA + name}=REASON" for option, name in changes)
+    fixed = any(option.replace("-", "_") in FIXED for option, _ in changes) or not changes
+    assert error.endswith(" or name another directory\n" if fixed else f" or say why: --allow {allow}\n")
     assert files_of(run) == before, "a refused launch has changed the run"
 
 

@@ -26,7 +26,9 @@ from megalrps.training.storage_tracker import StorageTracker, TrafficCounter, re
 MODEL = ("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--num-query-groups", "2",
          "--ffn-hidden-size", "96", "--seq-length", "64", "--global-batch-size", "8")  # fmt: skip
 PP2 = ("--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--num-layers", "4")
+ONE_LAYER_A_STAGE = ("--num-layers", "2")
 TP2 = ("--tensor-model-parallel-size", "2")
+CP2 = ("--context-parallel-size", "2")
 LINEAR = ("--cross-entropy-fusion-impl", "linear")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 
@@ -117,8 +119,8 @@ def test_bytes_held_and_sent_are_those_of_ranks_that_train(
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
-        (8, (*PP2, *TP2, "--sequence-parallel", "--bf16")),
-        (8, (*TP2, "--context-parallel-size", "2", "--data-parallel-sharding-strategy", "optim_grads")),
+        (8, (*PP2, *TP2, "--sequence-parallel", "--bf16", *ONE_LAYER_A_STAGE)),
+        (8, (*TP2, *CP2, "--data-parallel-sharding-strategy", "optim_grads", "--num-layers", "1")),
         (4, ("--context-parallel-size", "4", "--num-layers", "1")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),

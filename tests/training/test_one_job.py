@@ -17,7 +17,7 @@ from tiny_job import (
     write_increment,
 )
 
-from megalrps.errors import InputError
+from megalrps.errors import EXIT_NO_SPACE, InputError
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(data: TinyData, tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     told = capfd.readouterr().err
-    assert status == 2 and told.count("\n") == 1 and "File too large" in told and "start again" in told
+    assert status == EXIT_NO_SPACE and told.count("\n") == 1 and "File too large" in told and "start again" in told
     assert launch(command(data, run)) == 0
     assert summary(run)["releases"][1]["perplexity"] == summary(whole)["releases"][1]["perplexity"]
 

@@ -1,11 +1,13 @@
-"""A run that is killed at any moment and started again ends as if nothing had happened to it."""
+"""A run that is killed at any moment and started again ends as if nothing had happened to it.
+
+Deaths within an update, of one rank and of one of two, are in tests/faults/test_killed_training.py.
+"""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_harness import RankFailedError
 from tiny_job import (
     Death,
     TinyData,
@@ -20,11 +22,12 @@ from tiny_job import (
     results,
     summary,
     tensors,
-    world_of_harness,
+    trained,
 )
 
-from megalrps.checkpoint.store import Store
-from megalrps.errors import EXIT_DAMAGED
+from megalrps.checkpoint.references import References
+from megalrps.checkpoint.storage import CheckpointWriter
+from megalrps.errors import EXIT_DAMAGED, EXIT_LOST
 from megalrps.training import loop
 from megalrps.training.metrics import MetricsFile
 
@@ -36,20 +39,26 @@ EVALUATION = "megalrps.evaluation.releases"
 # The undisturbed run commits main 3 and 4 (the fork), v1 6, 9 and 10 (the release), main 6, 9, 12 and 13, v2 15, ...
 DEATHS = {
     "before anything is written": Death("megalrps.training.opening.write_json"),
-    "before the first checkpoint": Death(UPDATE, 3),
     "between the lines and the first checkpoint": Death(SAVE),
-    "after a periodic checkpoint": Death(COMMIT, 1, after=True),
-    "before a fork point": Death(SAVE, 2),
     "after a fork point": Death(COMMIT, 2, after=True),
-    "in the middle of a branch": Death(UPDATE, 9),
-    "in the middle of a save": Death("megalrps.checkpoint.storage.CheckpointWriter.finish", 4),
     "after a release": Death(COMMIT, 5, after=True),
-    "on the main path after a branch": Death(UPDATE, 15),
-    "before an old checkpoint is removed": Death("megalrps.checkpoint.store.Store.remove"),
+    "before an old checkpoint is removed": Death("megalrps.training.run.prune"),
     "in the middle of an evaluation": Death(f"{EVALUATION}.write_json", 2),
     "before the summary": Death(f"{EVALUATION}.write_summary"),
     "before the report": Death("megalrps.evaluation.report.write_report"),
 }
+
+
+@pytest.fixture(scope="module")
+def data(data: TinyData) -> TinyData:
+    """Two increments: forks at 4 and 13, releases at 10 and 18, 24 steps in all."""
+    return data.first(2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing has disturbed, saved every third step; not to be written to."""
+    return trained(saved_often(data, tmp_path_factory.mktemp("undisturbed") / "run"))
 
 
 def saved_often(data: TinyData, run: Path, *flags: str) -> list[str]:
@@ -75,7 +84,7 @@ def test_a_killed_run_started_again_ends_as_if_undisturbed(
 
 def test_a_run_that_dies_every_seven_updates_ends_as_if_undisturbed(data: TinyData, undisturbed: Path, tmp_path: Path):
     arguments = saved_often(data, tmp_path / "run")
-    for _ in range(5):
+    for _ in range(3):
         launch_and_die(arguments, Death(UPDATE, 7))
     assert launch(arguments) == 0
     check_undisturbed(tmp_path / "run", undisturbed)
@@ -102,7 +111,7 @@ def test_without_checkpoints_in_between_it_goes_on_from_the_fork(data: TinyData,
     launch_and_die(arguments, Death(UPDATE, 9))
     assert checkpoints(tmp_path / "run") == ("main-00000004",)
     assert launch(arguments) == 0
-    for name in ("main-00000022", "v1-00000010", "v3-00000028"):
+    for name in ("main-00000013", "v1-00000010", "v2-00000018"):
         assert differing(tensors(tmp_path / "run", name), tensors(undisturbed, name)) == []
     assert results(tmp_path / "run")["metrics"] == results(undisturbed)["metrics"]
 
@@ -119,7 +128,7 @@ def test_a_finished_run_started_again_trains_nothing_and_touches_no_result(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = tmp_path / "run"
-    arguments = saved_often(data.first(2), run)
+    arguments = saved_often(data, run)
     assert launch(arguments) == 0
     before = files_of(run)
     monkeypatch.setattr(loop, "train_step", lambda *_, **__: pytest.fail("an update was made again"))
@@ -132,28 +141,6 @@ def test_a_finished_run_started_again_trains_nothing_and_touches_no_result(
         assert after[name][1] == before[name][1], name
 
 
-def _rank_trains(rank: int, arguments: list[str], update: int) -> None:
-    """Train on the harness's ranks; the second of them dies before the given update."""
-    with (
-        (Death(UPDATE, update) if rank else Death(UPDATE, 10**9)).waits(),
-        opened(arguments, world_of_harness()) as run,
-    ):
-        loop.train(run)
-
-
-def test_when_one_of_two_ranks_is_killed_nothing_is_lost(run_ranks, data: TinyData, tmp_path: Path):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    with pytest.raises((RankFailedError, RuntimeError)):
-        run_ranks(2, _rank_trains, saved_often(data.first(2), killed), 9)
-    assert "v1-00000006" in checkpoints(killed) and "v1-00000009" not in checkpoints(killed)
-    run_ranks(2, _rank_trains, saved_often(data.first(2), killed), 10**9)
-    run_ranks(2, _rank_trains, saved_often(data.first(2), whole), 10**9)
-    assert checkpoints(killed) == checkpoints(whole)
-    for name in checkpoints(whole):
-        assert differing(tensors(killed, name), tensors(whole, name)) == []
-    assert [line["loss"] for line in metrics(killed)] == [line["loss"] for line in metrics(whole)]
-
-
 def flip(file: Path) -> None:
     """Change one byte in the middle of ``file``."""
     content = bytearray(file.read_bytes())
@@ -161,8 +148,9 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("file", ["rank-00000.bin", "manifest.json"])
-@pytest.mark.parametrize(("damaged", "used"), [(1, "v1-00000006"), (2, "main-00000004")])
+@pytest.mark.parametrize(
+    ("file", "damaged", "used"), [("manifest.json", 1, "v1-00000006"), ("rank-00000.bin", 2, "main-00000004")]
+)
 def test_damaged_checkpoints_are_set_aside_and_an_older_one_is_used(
     data: TinyData,
     undisturbed: Path,
@@ -199,21 +187,31 @@ def test_a_damaged_fork_point_stops_the_run_with_its_name(
     assert error.startswith("pretrain_gpt.py: error: ") and "main-00000004" in error
 
 
-def test_a_fork_point_that_was_removed_is_made_again_and_nothing_else(
-    data: TinyData, undisturbed: Path, tmp_path: Path
+def test_a_fork_point_that_was_removed_and_given_up_is_made_again_and_nothing_else(
+    data: TinyData, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    run = tmp_path / "run"
+    run, lost = tmp_path / "run", "main-00000013"
     with opened(command(data, run)) as held:
         loop.train(held)
-    shutil.rmtree(run / "checkpoints" / "main-00000013")
-    kept = files_of(run / "checkpoints")
+    shutil.rmtree(run / "checkpoints" / lost)
+    kept = files_of(run)
+    assert launch(command(data, run)) == EXIT_LOST, "it was acknowledged: a person decides"
+    assert f"forks/{lost} points to {lost}, which is not there" in capsys.readouterr().err
+    assert {name: files_of(run)[name] for name in kept if name.startswith("checkpoints/")} == {
+        name: kept[name] for name in kept if name.startswith("checkpoints/")
+    }
+    with References(run / "lineage").locked() as locked:  # what tools/lineage.py forget does
+        locked.drop("forks", lost, expected=lost)
+        locked.drop("heads", "main", expected=lost)
     with opened(command(data, run)) as held:
         loop.train(held)
-    assert differing(tensors(run, "main-00000013"), tensors(undisturbed, "main-00000013")) == []
+    assert differing(tensors(run, lost), tensors(undisturbed, lost)) == []
     after = files_of(run / "checkpoints")
-    assert {name: after[name] for name in kept} == kept
+    assert {f"checkpoints/{name}": after[name] for name in after if not name.startswith(lost)} == {
+        name: kept[name] for name in kept if name.startswith("checkpoints/")
+    }
     steps = [(line["path"], line["step"]) for line in metrics(run)]
-    assert len(set(steps)) == len(steps) == 39
+    assert len(set(steps)) == len(steps) == 24
     assert steps[-9:] == [("main", step) for step in range(5, 14)], "in the order of execution"
 
 
@@ -221,7 +219,7 @@ def test_the_lines_are_on_the_disk_before_the_checkpoint_that_covers_them(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     order: list[str] = []
-    for owner, name in ((MetricsFile, "write"), (MetricsFile, "sync"), (Store, "save")):
+    for owner, name in ((MetricsFile, "write"), (MetricsFile, "sync"), (CheckpointWriter, "_commit")):
         original = getattr(owner, name)
 
         def noting(*args: Any, original: Any = original, name: str = name) -> Any:
@@ -231,5 +229,5 @@ def test_the_lines_are_on_the_disk_before_the_checkpoint_that_covers_them(
         monkeypatch.setattr(owner, name, noting)
     with opened(saved_often(data.first(1), tmp_path / "run")) as run:
         loop.train(run)
-    saves = [place for place, name in enumerate(order) if name == "save"]
+    saves = [place for place, name in enumerate(order) if name == "_commit"]
     assert len(saves) == 5 and all(order[place - 1] == "sync" for place in saves)

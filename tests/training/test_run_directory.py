@@ -1,4 +1,4 @@
-"""A run directory is taken whole or not at all, by one launch at a time."""
+"""A run directory is made whole, and nothing that others have made is taken for one."""
 
 from pathlib import Path
 
@@ -39,11 +39,3 @@ def test_a_place_that_cannot_be_written_is_refused_by_its_name(tmp_path: Path, p
     with pytest.raises(InputError, match=f"--save .*{place} cannot be written"):
         taken(tmp_path / place)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_one_launch_holds_it_at_a_time(tmp_path: Path):
-    directory = taken(tmp_path / "run")
-    with directory.held(), pytest.raises(InputError, match="another launch is training here"), directory.held():
-        pass
-    with directory.held():
-        pass
