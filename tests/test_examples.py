@@ -18,13 +18,16 @@ import pytest
 import yaml
 from node_launches import Ended, free_port, launch_nodes
 from tiny_job import launch as launch_entry
+from tiny_job import trained, world_of_harness
 
+from megalrps.config import parse_config
 from megalrps.data.increment import open_increment
 from megalrps.data.indexed import IndexedDatasetWriter
 from megalrps.data.manifest import TokenizerIdentity, describe_dataset, write_manifest
 from megalrps.data.preprocess import InputOptions, OutputOptions, PreprocessOptions, TokenizerOptions, preprocess
 from megalrps.data.tokenizer_training import TokenizerTrainingOptions, train_tokenizer
 from megalrps.paths.cost import cost_steps
+from megalrps.training.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -235,17 +238,11 @@ def test_pretrain_trains_on_two_nodes(trained_on_two_nodes: Callable[[str], Trai
     assert all(list(release["perplexity"]) == ["old", "new"] for release in summary["releases"])
 
 
-@pytest.mark.slow
-def test_the_same_command_on_one_node_finds_all_done(trained_on_two_nodes: Callable[[str], Trained]) -> None:
-    trained = trained_on_two_nodes("by node rank")
-    again = launch(*trained.command, environment=trained.environment, folder=trained.folder)
-    assert again.returncode == 0, again.stderr
-    assert "13 of 13 steps done" in again.stdout
-    assert steps_of(trained.folder / "RUN") == EXPECTED
+def handed_on(*arguments: str, folder: Path, environment: dict[str, str]) -> tuple[list[str], list[str]]:
+    """What pretrain.sh says to torchrun, and what it has torchrun give the entry.
 
-
-def handed_on(*arguments: str, folder: Path, environment: dict[str, str]) -> list[str]:
-    """What pretrain.sh has torchrun give the entry: the torchrun is a script that prints what it is given."""
+    The torchrun is a script that prints what it is given.
+    """
     torchrun = folder / "bin" / "torchrun"
     torchrun.parent.mkdir()
     torchrun.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\"\n")
@@ -254,24 +251,41 @@ def handed_on(*arguments: str, folder: Path, environment: dict[str, str]) -> lis
     ended = launch(EXAMPLES / "pretrain.sh", *arguments, environment=environment, folder=folder)
     assert (ended.returncode, ended.stderr) == (0, "")
     words = ended.stdout.split("\0")[:-1]
-    return words[words.index(str(ROOT / "pretrain_gpt.py")) + 1 :]
+    entry = words.index(str(ROOT / "pretrain_gpt.py"))
+    return words[:entry], words[entry + 1 :]
+
+
+@pytest.mark.slow
+def test_the_same_command_on_one_node_finds_all_done(
+    trained_on_two_nodes: Callable[[str], Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torchrun takes these flags of two nodes too; the entry runs in this process."""
+    trained = trained_on_two_nodes("by node rank")
+    of_torchrun, arguments = handed_on(*trained.command[1:], folder=tmp_path, environment=trained.environment)
+    port = trained.environment["MASTER_PORT"]
+    wanted = ("--nproc-per-node 1", "--nnodes 1", "--node-rank 0", "--master-addr localhost", f"--master-port {port}")
+    assert of_torchrun == " ".join(wanted).split()
+    monkeypatch.chdir(trained.folder)
+    assert launch_entry(arguments) == 0
+    assert "13 of 13 steps done" in capsys.readouterr().out
+    assert steps_of(trained.folder / "RUN") == EXPECTED
 
 
 @pytest.mark.parametrize("config", FULL_SIZE, ids=lambda path: path.stem)
-def test_pretrain_hands_model_and_layout_on(
-    toy_data: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Path
-) -> None:
+def test_pretrain_hands_model_and_layout_on(toy_data: tuple[str, str, str], tmp_path: Path, config: Path) -> None:
     environment = toy_environment(
         MODEL=config.stem,
         LAYOUT="--tensor-model-parallel-size 2 --sequence-parallel",
-        TRAIN_ARGS="--increment-steps 10000 10000 --world-size 8",
+        TRAIN_ARGS="--increment-steps 10000 10000",
     )
-    monkeypatch.chdir(tmp_path)
-    printed = dry_run(*handed_on("RUN", "none", *toy_data, folder=tmp_path, environment=environment))
-    hidden_size = {"llama_203m": 896, "llama_1.2b": 2048, "llama_3.1b": 2560}[config.stem]
-    assert printed["config"]["model"]["hidden_size"] == hidden_size
-    assert (printed["layout"]["tp"], printed["layout"]["dp"]) == (2, 4)
-    assert not (tmp_path / "RUN").exists()
+    _, arguments = handed_on("RUN", "none", *toy_data, folder=tmp_path, environment=environment)
+    job = prepare(parse_config(arguments), 8)
+    assert job.model.hidden_size == {"llama_203m": 896, "llama_1.2b": 2048, "llama_3.1b": 2560}[config.stem]
+    assert (job.layout.tp, job.layout.dp) == (2, 4)
+    assert [path.end for path in job.plan.paths if path.release] == [10_000, 20_000]
 
 
 def test_pretrain_names_a_model_that_is_not_there(tmp_path: Path) -> None:
@@ -319,19 +333,25 @@ def slurm(tmp_path: Path) -> Callable[..., Ended]:
     return run
 
 
+def _rank_trains(rank: int, arguments: list[str]) -> None:
+    trained(arguments, world_of_harness())
+
+
 @pytest.mark.slow
 def test_a_slurm_job_that_is_queued_again_goes_on(
-    slurm: Callable[..., Ended], toy_data: tuple[str, str, str], tmp_path: Path
+    run_ranks: Callable[..., list], slurm: Callable[..., Ended], toy_data: tuple[str, str, str], tmp_path: Path
 ) -> None:
+    """The first job is two ranks of the harness: what a launch leaves tells nothing of its launcher."""
     _, old, new = toy_data
     run = tmp_path / "run"
     arguments = ("--config", str(EXAMPLES / "llama_203m.yaml"), "--save", str(run), *TOY.split())
-    for increments, before, steps in (((old,), 0, EXPECTED[:5]), ((old, new), 5, EXPECTED)):
-        result = slurm(*arguments, "--increments", *increments, "--increment-steps", *("5" for _ in increments))
-        assert result.returncode == 0, result.stderr
-        assert "ranks: 2" in result.stdout
-        assert f"{before} of {len(steps)} steps done" in result.stdout
-        assert steps_of(run) == steps
+    run_ranks(2, _rank_trains, [*arguments, "--increments", old, "--increment-steps", "5"])
+    assert steps_of(run) == EXPECTED[:5]
+    result = slurm(*arguments, "--increments", old, new, "--increment-steps", "5", "5")
+    assert result.returncode == 0, result.stderr
+    assert "ranks: 2" in result.stdout
+    assert f"5 of {len(EXPECTED)} steps done" in result.stdout
+    assert steps_of(run) == EXPECTED
 
 
 def snippet(page: str, first_line: str) -> str:

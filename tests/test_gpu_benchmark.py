@@ -2,10 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
+from one_process import launched_in_turn
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu" / "kernels.py"
@@ -14,12 +15,18 @@ NOT_INSTALLED = {"liger", "cut_cross_entropy"}  # nor are they here; where one i
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def launches(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, subprocess.CompletedProcess[str] | None]:
+    """What the smoke run writes; and where there is no CUDA device, how a run without --smoke ends."""
     output = tmp_path_factory.mktemp("smoke") / "kernels.json"
-    command = [sys.executable, str(SCRIPT), "--smoke", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    whole = () if torch.cuda.is_available() else ((),)
+    done, *refused = launched_in_turn(SCRIPT, ("--smoke", "--output", output), *whole)
     assert done.returncode == 0, done.stderr
-    return json.loads(output.read_text())
+    return json.loads(output.read_text()), *(refused or [None])
+
+
+@pytest.fixture(scope="module")
+def report(launches: tuple[dict, subprocess.CompletedProcess[str] | None]) -> dict:
+    return launches[0]
 
 
 def test_a_peer_computes_what_we_compute(report: dict):
@@ -58,10 +65,8 @@ def test_a_floor_is_what_must_be_moved_or_multiplied(report: dict):
     assert sizes["attention, causal backward"][1] == 2.5 * sizes["attention, causal"][1]
 
 
-def test_without_a_gpu_it_says_so():
-    import torch
-
-    if torch.cuda.is_available():
+def test_without_a_gpu_it_says_so(launches: tuple[dict, subprocess.CompletedProcess[str] | None]):
+    _, done = launches
+    if done is None:
         pytest.skip("there is a CUDA device")
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2 and "there is no CUDA device here; --smoke" in done.stderr

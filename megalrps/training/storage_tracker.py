@@ -13,11 +13,20 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 # torch.distributed._tools.mem_tracker of torch 2.13 counts in the same way, but refuses a second forward pass before
 # the first one's backward pass, which is what pipelines do.
+
+_DEVICE_OF = torch.ops.prim.device.default
+"""What a fake tensor's ``device`` is dispatched as: nearly two of three operations of a trace, most of them autograd's.
+Every mode that hands it on takes as long over it as over any other, and answering it at once takes nothing.
+"""
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 @contextmanager
@@ -83,10 +92,16 @@ class StorageTracker(TorchDispatchMode):
         self._references.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE_OF:
+            return _device_of(*args)
         result = func(*args, **(kwargs or {}))
-        for each in tree_iter((args, kwargs, result)):
+        unseen = [result, *args, *(kwargs or {}).values()]
+        while unseen:
+            each = unseen.pop()
             if isinstance(each, Tensor):
                 self._see(each.untyped_storage())
+            elif isinstance(each, (list, tuple)):  # an operation's schema has no other containers
+                unseen += each
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -125,6 +140,8 @@ class TrafficCounter(TorchDispatchMode):
         self._label = label
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE_OF:
+            return _device_of(*args)
         if func.namespace == "c10d":
             self._count(func.name().removeprefix("c10d::"), args)
         return func(*args, **(kwargs or {}))

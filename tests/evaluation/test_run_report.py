@@ -10,6 +10,7 @@ import pytest
 from synthetic_run import Invented, make_run
 
 from megalrps.errors import InputError
+from megalrps.evaluation import report as report_module
 from megalrps.evaluation.report import Report, write_report
 from megalrps.evaluation.run_files import read_run
 from megalrps.evaluation.run_tables import cost_table
@@ -50,6 +51,12 @@ def report_of(directory: Path) -> tuple[Report, Checked]:
     return report, Checked(report.page)
 
 
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and not turned into pixels, which takes a second of every page and says nothing of its words."""
+    monkeypatch.setattr(report_module, "png", lambda figure: b"\x89PNG")
+
+
 @pytest.fixture(scope="module", params=["lrps", "cpt", "ptfs"])
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Checked]:
     directory = tmp_path_factory.mktemp("runs") / request.param
@@ -84,6 +91,7 @@ def test_tables_and_pictures_can_be_read_without_seeing_them(each: tuple[Report,
     assert page.open == []
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_the_perplexities_are_the_summarys_and_the_best_of_a_column_is_marked(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     file = tmp_path / "run" / "summary.json"
@@ -142,6 +150,7 @@ def repeat(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join([*lines, *lines[-2:]]))
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -160,6 +169,7 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path: Path, harm: Callable[[Pa
     assert all(warning in page.text for warning in report.warnings)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_an_unfinished_run_has_a_page_without_held_out_figures(tmp_path: Path) -> None:
     make_run(tmp_path / "run", invented=Invented(stop_after=150))
     report, page = report_of(tmp_path / "run")
@@ -177,6 +187,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in page.text
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     (tmp_path / "file").write_text("")

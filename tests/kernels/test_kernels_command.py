@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled_share
 import pytest
 import torch
+from compiled_share import share
 from oracle import needs_triton
 from triton_interpreter import ON_CPU
 
@@ -168,11 +170,20 @@ def test_without_triton_the_package_works_and_says_what_is_missing():
 
 
 @needs_triton
+def test_every_run_of_the_tests_compiles_every_case_of_the_newest_target_and_every_kernel_of_all():
+    whole = jobs(TARGETS)
+    chosen = share(whole)
+    assert [job for job in chosen if job.target == TARGETS[-1]] == jobs(TARGETS[-1:])
+    assert {(id(job.case.kernel), job.target) for job in chosen} == {(id(job.case.kernel), job.target) for job in whole}
+    assert len(chosen) < 0.7 * len(whole)
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_for_every_target():
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    result = launched("-m", "megalrps.kernels", "--json", "--check", *TARGETS, seconds=600)
+    result = launched(compiled_share.__file__, seconds=600)
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert result.returncode in (0, 1), result.stderr
     found = json.loads(result.stdout)
@@ -183,7 +194,7 @@ def test_every_kernel_compiles_for_every_target():
     faults = [f"{each['case']} at {each['target']}: {each['faults']}" for each in found["verdicts"] if each["faults"]]
     assert faults == []
     assert [(each["operation"], each["case"], each["target"]) for each in found["verdicts"]] == [
-        (job.operation, job.case.name, job.target) for job in jobs(TARGETS)
+        (job.operation, job.case.name, job.target) for job in share(jobs(TARGETS))
     ]
     assert result.returncode == 0
-    assert seconds < 90, "every run of the tests pays these seconds: leave out cases that compile to the same code"
+    assert seconds < 60, "every run of the tests pays these seconds: leave out cases that compile to the same code"

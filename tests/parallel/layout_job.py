@@ -32,7 +32,7 @@ MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, vocab_size=64
 )
 BATCH, SEQUENCE = 8, 16
-CLIP, UPDATES = 0.05, 20
+CLIP, UPDATES = 0.05, 8
 ADAMW_RATE, SGD_RATE = 1e-3, 1.0  # Adam divides by gradients: a larger rate would amplify their rounding
 KEPT = ActivationOptions()
 

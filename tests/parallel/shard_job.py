@@ -27,7 +27,7 @@ from megalrps.training.options import LossScaleOptions, OptimizerOptions
 MODEL = ModelConfig(
     num_layers=2, hidden_size=24, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=40, vocab_size=44
 )
-BATCH, SEQUENCE, UPDATES = 12, 8, 5
+BATCH, SEQUENCE, UPDATES = 12, 8, 3
 CLIP, ADAMW_RATE, SGD_RATE = 0.05, 1e-3, 1.0
 Found = dict[str, np.ndarray]
 Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]

@@ -72,7 +72,7 @@ PRODUCTS = (
         activations=ActivationOptions(recompute_granularity="full", recompute_method="block", recompute_num_layers=1),
     ),
 )
-FEWER = 5
+FEWER = 3
 """Updates of all cases but the first of each kind: what a first update leaves behind (moments, weights that were
 gathered, deferred products) is in the gradients and the norm of the second and in the parameters of the third.
 """

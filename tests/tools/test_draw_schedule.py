@@ -6,16 +6,25 @@ import sys
 from pathlib import Path
 
 import pytest
+from one_process import launched_in_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "draw_schedule.py"
 
 
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+Drawn = tuple[list[subprocess.CompletedProcess[str]], Path]
+
+
+def arguments(schedule: str, ranks: int, micro_batches: int, *more: str | Path) -> list[str]:
+    of_schedule = ["--pipeline-schedule", schedule, "--pipeline-model-parallel-size", str(ranks)]
+    return [*of_schedule, "--micro-batches", str(micro_batches), *map(str, more)]
+
+
 def draw_schedule(schedule: str, ranks: int, micro_batches: int, *more: str) -> subprocess.CompletedProcess[str]:
-    arguments = ["--pipeline-schedule", schedule, "--pipeline-model-parallel-size", str(ranks)]
     return subprocess.run(
-        [sys.executable, str(TOOL), *arguments, "--micro-batches", str(micro_batches), *more],
-        env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(TOOL), *arguments(schedule, ranks, micro_batches, *more)],
+        env=ENVIRONMENT,
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -40,17 +49,27 @@ def test_json_holds_the_orders_and_what_they_cost() -> None:
     }
 
 
-def test_zbv_is_drawn_as_text_and_as_an_svg(tmp_path: Path) -> None:
-    picture = tmp_path / "zbv.svg"
-    result = draw_schedule("zbv", 4, 8, "--svg", str(picture), "--width", "80")
+@pytest.fixture(scope="module")
+def by_torch(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """Two schedules whose orders are torch's, which is imported for both: ZB-V, drawn, and interleaved; the picture."""
+    picture = tmp_path_factory.mktemp("drawn") / "zbv.svg"
+    zbv = arguments("zbv", 4, 8, "--svg", picture, "--width", "80")
+    interleaved = arguments("interleaved", 2, 4, "--num-virtual-stages-per-pipeline-rank", "3", "--json")
+    return launched_in_turn(TOOL, zbv, interleaved, environment=ENVIRONMENT), picture
+
+
+def test_zbv_is_drawn_as_text_and_as_an_svg(by_torch: Drawn) -> None:
+    (result, _), picture = by_torch
     assert (result.returncode, result.stderr) == (0, "")
     for shown in ("ZB-V: 4 ranks, 2 stages a rank, 8 micro-batches", "rank 3 .   .   .   F0a F0b", "idle 5.9 %"):
         assert shown in result.stdout
     assert picture.read_text().startswith("<svg ")
 
 
-def test_interleaved_takes_more_stages_where_told() -> None:
-    result = draw_schedule("interleaved", 2, 4, "--num-virtual-stages-per-pipeline-rank", "3", "--json")
+def test_interleaved_takes_more_stages_where_told(
+    by_torch: tuple[list[subprocess.CompletedProcess[str]], Path],
+) -> None:
+    (_, result), _ = by_torch
     assert json.loads(result.stdout)["stage_ranks"] == [0, 1, 0, 1, 0, 1]
 
 

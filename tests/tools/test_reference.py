@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from one_process import launched_in_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference.md"
@@ -13,8 +15,7 @@ TOOL = ROOT / "tools" / "reference.py"
 PROGRAMS = ("pretrain_gpt.py", *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")))
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, encoding="utf-8", check=False)
+ENVIRONMENT = {"COLUMNS": "100", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}
 
 
 def section(program: str) -> str:
@@ -36,29 +37,43 @@ def flags_of_help(text: str) -> set[str]:
     return {flag for head in heads for flag in re.findall(r"--[a-z][a-z0-9-]*", head)} - {"--help"}
 
 
-def test_the_page_is_what_the_code_says() -> None:
-    result = run(TOOL, "--check")
-    assert (result.returncode, result.stderr) == (0, ""), "run python tools/reference.py"
+@dataclass(frozen=True)
+class Runs:
+    """Launches of tools/reference.py: for its help, to check the page, to check a stale one and to mend that."""
+
+    help: subprocess.CompletedProcess[str]
+    check: subprocess.CompletedProcess[str]
+    stale: subprocess.CompletedProcess[str]
+    mend: subprocess.CompletedProcess[str]
+    mended: bytes
 
 
-def test_a_stale_page_is_refused_and_then_mended(tmp_path: Path) -> None:
-    page = tmp_path / "reference.md"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    page = tmp_path_factory.mktemp("reference") / "reference.md"
     page.write_text(PAGE.read_text(encoding="utf-8").replace("--alpha", "--alfa"), encoding="utf-8")
-    assert run(TOOL, "--check", "--output", page).returncode == 2
-    assert run(TOOL, "--output", page).returncode == 0
-    assert page.read_bytes() == PAGE.read_bytes()
+    stale, launches = ("--output", page), (("--help",), ("--check",))
+    ended = launched_in_turn(TOOL, *launches, ("--check", *stale), stale, environment=ENVIRONMENT)
+    return Runs(*ended, page.read_bytes())
+
+
+def test_the_page_is_what_the_code_says(runs: Runs) -> None:
+    assert (runs.check.returncode, runs.check.stderr) == (0, ""), "run python tools/reference.py"
+
+
+def test_a_stale_page_is_refused_and_then_mended(runs: Runs) -> None:
+    assert (runs.stale.returncode, runs.mend.returncode) == (2, 0)
+    assert runs.mended == PAGE.read_bytes()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_flags_are_those_of_the_help(program: str) -> None:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / program), "--help"],
-        env={"COLUMNS": "100", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        encoding="utf-8",
-        check=True,
-    )
-    assert flags_of_help(result.stdout) == flags_of_tables(section(program)) != set()
+def test_the_flags_are_those_of_the_help(program: str, runs: Runs) -> None:
+    if ROOT / program == TOOL:
+        text = runs.help.stdout
+    else:
+        command = [sys.executable, str(ROOT / program), "--help"]
+        text = subprocess.run(command, env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=True).stdout
+    assert flags_of_help(text) == flags_of_tables(section(program)) != set()
 
 
 TORCHRUNS_FLAGS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--rdzv-backend", "--max-restarts"}
