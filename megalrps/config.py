@@ -80,6 +80,7 @@ class Config:
             raise InputError(f"--world-size {self.world_size}: must be at least 1")
         layout = self.parallel.layout(world_size)
         self.parallel.check(self.data.seq_length)
+        self.parallel.check_reduction(layout.dp, self.training.micro_batch_size, self.kernels.optimizer_backend)
         self.activations.check()
         self.training.check(layout.dp)
         self.optimizer.check()

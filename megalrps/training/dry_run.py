@@ -53,7 +53,7 @@ class RankBytes:
 class RankReport:
     """One rank: where it stands, what it holds, and the bytes it sends in a step along each dimension, by name.
 
-    ``host``: what ``--optimizer-cpu-offload`` keeps in the host's memory, beside ``bytes``.
+    ``host``: what ``--optimizer-cpu-offload`` and ``--async-save`` keep in the host's memory, beside ``bytes``.
     """
 
     rank: int

@@ -152,7 +152,7 @@ class CheckpointOptions:
     """How many of the checkpoints in between are kept on a path; older ones are removed."""
 
     async_save: bool = False
-    """Write the checkpoints in between while training goes on: it waits only until a copy is in the host's memory."""
+    """Write the checkpoints in between while training goes on, from a copy of masters and moments in host memory."""
 
     load: Literal["auto", "required", "none"] = "auto"
     """auto: go on with the run in --save, or begin it; required: do not begin one; none: do not go on with one."""
