@@ -1,10 +1,14 @@
-"""Shard files: the raw bytes of one rank's chunks, hashed while they are written, read back where they are wanted."""
+"""Shard files: the raw bytes of one rank's chunks, hashed while they are written, read back where they are wanted.
+
+SHA-256 is as fast as one core, and of one file cannot be shared out over several: a rank writes files of a bounded
+size, so that whoever loads them has several to hash at once.
+"""
 
 import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +17,11 @@ from types import TracebackType
 ALIGNMENT_BYTES = 64
 """Each chunk begins at a multiple of this, so that a mapped file can be read as an array of any type."""
 
+FILE_BYTES = 128 << 20
+"""A rank begins another file once the last holds this much; a chunk is never cut."""
+
 _BLOCK_BYTES = 8 << 20
+_HASHED_BYTES = 1 << 20  # what is read stays in a core's own cache until it is hashed
 _INLINE_BYTES = 1 << 18
 
 
@@ -47,8 +55,17 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         self._hasher.shutdown()
         os.close(self._descriptor)
+
+    @property
+    def position(self) -> int:
+        """How many bytes it holds."""
+        return self._position
 
     def append(self, content: memoryview) -> int:
         """Append ``content`` (bytes, one dimension) at the next aligned position and return that position."""
@@ -78,6 +95,55 @@ class ShardWriter:
     def _write_all(self, block: memoryview) -> None:
         while len(block):
             block = block[os.write(self._descriptor, block) :]
+
+
+class ShardFiles:
+    """Writes what one rank holds into new files, ``path`` and as many beside it as it takes; for a ``with`` block.
+
+    While one file is written, the one before it is flushed to the disk on a thread.
+    """
+
+    def __init__(self, path: Path, file_bytes: int = FILE_BYTES) -> None:
+        self._path = path
+        self._file_bytes = file_bytes
+        self._writer: ShardWriter | None = None
+        self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._flushed: list[Future[Shard]] = []
+
+    def __enter__(self) -> "ShardFiles":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flusher.shutdown()
+        if self._writer is not None:
+            self._writer.close()
+
+    def append(self, content: memoryview) -> tuple[int, int]:
+        """Append ``content`` (bytes, one dimension); which of the files holds it, from 0, and its position there."""
+        if self._writer is not None and self._writer.position >= self._file_bytes:
+            self._flush()
+        number = len(self._flushed)
+        if self._writer is None:
+            place = self._path if number == 0 else self._path.with_suffix(f".{number:04d}{self._path.suffix}")
+            self._writer = ShardWriter(place)
+        return number, self._writer.append(content)
+
+    def finish(self) -> list[Shard]:
+        """What each file holds, once all are durable. Raises OSError as the file system does."""
+        self._flush()
+        return [flushed.result() for flushed in self._flushed]
+
+    def _flush(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            self._flushed.append(self._flusher.submit(_finish, writer))
+
+
+def _finish(writer: ShardWriter) -> Shard:
+    with writer:
+        return writer.finish()
 
 
 @contextmanager
@@ -119,7 +185,7 @@ def damage(directory: Path, shard: Shard, content: bool) -> str | None:
 
 
 def _digest_of(descriptor: int) -> str:
-    digest, block, position = hashlib.sha256(), bytearray(_BLOCK_BYTES), 0
+    digest, block, position = hashlib.sha256(), bytearray(_HASHED_BYTES), 0
     while count := os.preadv(descriptor, [block], position):
         digest.update(memoryview(block)[:count])
         position += count

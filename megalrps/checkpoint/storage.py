@@ -3,7 +3,7 @@
 The protocol, of which each step is durable before the next begins:
 
 1. rank 0 makes a new directory, ``.<name>.<random>.partial``, whose name travels to the ranks with the plan;
-2. every rank that has something to write makes its shard file there, hashed while written, and flushes it to the disk;
+2. every rank that has something to write makes its files there, hashed while written, and flushes them to the disk;
 3. rank 0, told by all ranks that they have, writes the manifest and flushes it and the directory;
 4. rank 0 renames the directory to ``<name>`` and flushes the parent: the checkpoint exists, never to be written again.
    Who publishes does so under a lock of its own, in which it may refuse and in which it moves its reference.
@@ -41,7 +41,7 @@ from megalrps.checkpoint.names import PARTIAL, check_name, hidden_name
 from megalrps.checkpoint.planners import DTYPE_NAMES, DTYPES
 from megalrps.checkpoint.provenance import versions
 from megalrps.checkpoint.publication import Publish, publish_at_once
-from megalrps.checkpoint.shards import Shard, ShardWriter, open_shard, read_into
+from megalrps.checkpoint.shards import FILE_BYTES, Shard, ShardFiles, open_shard, read_into
 from megalrps.files import sync_directory, write_text
 from megalrps.fingerprint import canonical_json
 
@@ -50,7 +50,7 @@ _READ_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rank writes: rank 0's decision, sent with the plan."""
+    """Where a rank writes: rank 0's decision, sent with the plan. ``file`` is the first of its files."""
 
     partial: str
     file: str
@@ -74,9 +74,15 @@ class CheckpointWriter(StorageWriter):
     """
 
     def __init__(
-        self, directory: Path, name: str, record: Mapping[str, Any], publish: Publish = publish_at_once
+        self,
+        directory: Path,
+        name: str,
+        record: Mapping[str, Any],
+        publish: Publish = publish_at_once,
+        file_bytes: int = FILE_BYTES,
     ) -> None:
         self._directory = directory
+        self._file_bytes = file_bytes
         self._name = name
         self._record = record
         self._publish = publish
@@ -141,16 +147,16 @@ class CheckpointWriter(StorageWriter):
 
     def _write_shard(self, path: Path, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         places = []
-        with ShardWriter(path) as writer:
+        with ShardFiles(path, self._file_bytes) as files:
             for item in plan.items:
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor), "the planner lets only tensors in"
                 content = _bytes_of(tensor.detach().to("cpu").contiguous())
-                places.append((writer.append(content), len(content)))
-            shard = writer.finish()
+                places.append((*files.append(content), len(content)))
+            shards = files.finish()
         return [
-            WriteResult(item.index, length, _Written(shard, offset, length))
-            for item, (offset, length) in zip(plan.items, places, strict=True)
+            WriteResult(item.index, length, _Written(shards[number], offset, length))
+            for item, (number, offset, length) in zip(plan.items, places, strict=True)
         ]
 
     def _manifest(self, metadata: Metadata, results: list[WriteResult]) -> Manifest:

@@ -8,9 +8,8 @@ the format.
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,19 +27,21 @@ from megalrps.checkpoint.names import (
     TRASH,
     check_name,
     checkpoint_directories,
-    hidden_name,
+    hide,
     leftovers,
     name_of_hidden,
 )
 from megalrps.checkpoint.planners import TensorLoadPlanner, TensorSavePlanner
 from megalrps.checkpoint.publication import Publish, publish_at_once
 from megalrps.checkpoint.ranks import Ranks, first_failure
-from megalrps.checkpoint.shards import damage
+from megalrps.checkpoint.shards import FILE_BYTES, Shard, damage
 from megalrps.checkpoint.storage import CheckpointReader, CheckpointWriter
 from megalrps.errors import InputError
 from megalrps.files import sync_directory
 
 _HASHING_THREADS = 4
+_NAMED = 3
+"""Tensors of a damaged file that its refusal names."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ class Store:
 
     ``group`` None is the default group, or this process alone where torch.distributed is not initialised. Methods
     marked *collective* are called by every rank with the same arguments and either return or raise on all of them.
-    There is one writer at a time.
+    There is one writer at a time. A rank's files hold ``file_bytes`` each, and a chunk more at most.
     """
 
-    def __init__(self, directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, directory: Path, group: dist.ProcessGroup | None = None, file_bytes: int = FILE_BYTES) -> None:
         self.directory = Path(directory)
+        self._file_bytes = file_bytes
         self._ranks = Ranks(group)
 
     def prepare(self, owns: Callable[[str], bool] = lambda name: True) -> None:
@@ -96,16 +98,16 @@ class Store:
         CheckpointExistsError when the name is taken, SaveError when any rank could not do its part (an entry that is
         no tensor, a full disk), and what ``publish`` raises; then nothing was committed.
         """
-        writer = CheckpointWriter(self.directory, name, record, publish)
+        writer = CheckpointWriter(self.directory, name, record, publish, self._file_bytes)
         try:
-            with _single_process_is_fine():
-                metadata = dcp.save(
-                    dict(tensors),
-                    storage_writer=writer,
-                    planner=TensorSavePlanner(),
-                    process_group=self._ranks.group,
-                    no_dist=self._ranks.alone,
-                )
+            _single_process_is_fine()
+            metadata = dcp.save(
+                dict(tensors),
+                storage_writer=writer,
+                planner=TensorSavePlanner(),
+                process_group=self._ranks.group,
+                no_dist=self._ranks.alone,
+            )
         except CheckpointException as failures:
             raise first_failure(failures, SaveError, f"checkpoint {name} was not saved") from failures
         finally:
@@ -123,14 +125,14 @@ class Store:
         """
         manifest = self._verified(name, content=verify)
         try:
-            with _single_process_is_fine():
-                dcp.load(
-                    dict(tensors),
-                    storage_reader=CheckpointReader(self.directory / name, manifest),
-                    planner=TensorLoadPlanner(),
-                    process_group=self._ranks.group,
-                    no_dist=self._ranks.alone,
-                )
+            _single_process_is_fine()
+            dcp.load(
+                dict(tensors),
+                storage_reader=CheckpointReader(self.directory / name, manifest),
+                planner=TensorLoadPlanner(),
+                process_group=self._ranks.group,
+                no_dist=self._ranks.alone,
+            )
         except CheckpointException as failures:
             raise first_failure(failures, LoadError, f"checkpoint {name} was not loaded") from failures
         return manifest
@@ -199,28 +201,35 @@ class Store:
         share = manifest.shards[self._ranks.rank :: self._ranks.size]
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
             found = list(threads.map(partial(damage, self.directory / name, content=content), share))
-        return manifest, [message for message in found if message]
+        return manifest, [
+            f"{message} (it holds {_held(manifest, shard)})"
+            for shard, message in zip(share, found, strict=True)
+            if message
+        ]
 
     def _remove(self, name: str) -> None:
         shutil.rmtree(self._hide(name, TRASH))
 
     def _hide(self, name: str, state: str) -> Path:
-        hidden = self.directory / hidden_name(name, state)
-        try:
-            (self.directory / name).rename(hidden)
-        except FileNotFoundError as error:
-            raise MissingCheckpointError(f"no checkpoint {name} in {self.directory}") from error
-        sync_directory(self.directory)
-        return hidden
+        return hide(self.directory, name, state)
+
+
+def _held(manifest: Manifest, shard: Shard) -> str:
+    """The names of the tensors with a chunk in ``shard``; the first few, and how many more."""
+    names = sorted(
+        name for name, entry in manifest.tensors.items() if any(chunk.file == shard.file for chunk in entry.chunks)
+    )
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _nothing() -> None:
     """What the other ranks do while rank 0 changes the directory."""
 
 
-@contextmanager
-def _single_process_is_fine() -> Iterator[None]:
-    """torch warns at each save and load of a process that has no peers, which here is an ordinary run."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _single_process_is_fine() -> None:
+    """torch warns at each save and load of a process that has no peers, which here is an ordinary run.
+
+    For good: what warnings.catch_warnings restores at its end is every thread's, and saves have threads of their own.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
