@@ -197,6 +197,17 @@ def test_memory_is_quoted_to_the_letter() -> None:
         assert page.read_text(encoding="utf-8") == text, f"{page} is stale: python benchmarks/memory.py --pages-only"
 
 
+def test_the_promises_are_quoted_to_the_letter() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import faults
+
+    page = faults.PAGE.read_text(encoding="utf-8")
+    assert {found[2] for found in faults.BLOCK.finditer(page)} == {"conditions", "promises", "fsyncs", "defects"}
+    if not faults.RESULT.exists():
+        pytest.skip("no full run of the faults is recorded yet: make faults")
+    assert page == faults.rendered(page, read("faults")), "stale: python benchmarks/faults.py --pages-only"
+
+
 @pytest.mark.parametrize("name", ["model_step_cpu", "checkpoint_cpu", "parallel"])
 def test_a_result_says_what_it_compares_and_on_what(name: str) -> None:
     result = read(name)

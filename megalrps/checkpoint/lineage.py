@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalrps.checkpoint.errors import CheckpointError
+from megalrps.checkpoint.errors import CheckpointError, UnknownFormatError
 from megalrps.checkpoint.manifest import read_manifest
 from megalrps.checkpoint.names import checkpoint_directories
 from megalrps.checkpoint.record import CheckpointRecord
@@ -99,10 +99,23 @@ def read_lineage(directory: Path) -> Lineage:
         try:
             records[name] = CheckpointRecord.from_json(read_manifest(directory / name).record)
         except (CheckpointError, InputError) as error:
-            refused[name] = str(error)
+            refused[name] = str(error) if str(directory / name) in str(error) else f"{directory / name}: {error}"
         except ValueError as error:
             refused[name] = f"{directory / name} is not a checkpoint of a lineage ({error})"
     return Lineage(*_without_backward_parents(records, refused))
+
+
+def refuse_unknown_format(checkpoint: Path) -> None:
+    """Raise UnknownFormatError where the directory ``checkpoint`` is a whole one that a later version has made.
+
+    It is not damaged: to go on without it would train again, and write over, what that version has trained.
+    """
+    try:
+        CheckpointRecord.from_json(read_manifest(checkpoint).record)
+    except UnknownFormatError as error:
+        raise UnknownFormatError(f"checkpoint {checkpoint.name}: {error}") from error
+    except (CheckpointError, ValueError):
+        return
 
 
 def _without_backward_parents(

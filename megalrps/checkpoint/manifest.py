@@ -20,8 +20,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megalrps.checkpoint.errors import CorruptCheckpointError, MissingCheckpointError, UnknownFormatError
 from megalrps.checkpoint.names import check_name
@@ -48,6 +51,9 @@ ITEM_BYTES: Mapping[str, int] = {
 _LARGEST_MANIFEST_BYTES = (
     64 << 20
 )  # 3.1 B parameters on 64 ranks take about 8 MB; a file beyond this was not written by us
+_FEWEST_CHARACTERS = 12  # for each list or object: "[]," would take twenty times as much memory as text
+_FEW_BOXES = 8
+_MOST, _MOST_DIMENSIONS = 1 << 63, 64  # or multiplying the numbers of a forged shape takes minutes
 _MEND = "restore it from a copy, or remove the directory to go on from an older checkpoint"
 
 
@@ -152,6 +158,8 @@ def parse_manifest(text: str) -> Manifest:
     RecursionError, whichever comes first, for anything else.
     """
     _require(len(text) <= _LARGEST_MANIFEST_BYTES, f"a manifest has at most {_LARGEST_MANIFEST_BYTES} bytes")
+    containers = text.count("[") + text.count("{")
+    _require(containers <= 64 + len(text) // _FEWEST_CHARACTERS, "more lists and objects than a manifest has")
     value = _verified_value(text)
     if value["format"] != FORMAT:
         raise UnknownFormatError(
@@ -255,19 +263,30 @@ def _check_bytes(shards: Sequence[Shard], tensors: Mapping[str, TensorEntry]) ->
 
 
 def _overlapping(chunks: Sequence[Chunk]) -> bool:
-    """Whether two chunks share an element. Sweeps along the dimension cut most often: fast for any regular sharding."""
+    """Whether two chunks share an element. Sweeps along the dimension cut most often: fast for any regular sharding.
+
+    Raises ValueError where they are cut so irregularly that this would take more comparisons than any grid of as many
+    chunks does: such a manifest is made to keep its reader busy.
+    """
     boxes = [chunk for chunk in chunks if chunk.byte_length]
     if len(boxes) < 2:
         return False
     if not boxes[0].sizes:
         return True
-    axis = max(range(len(boxes[0].sizes)), key=lambda dimension: len({box.offsets[dimension] for box in boxes}))
-    active: list[Chunk] = []
-    for box in sorted(boxes, key=lambda box: box.offsets[axis]):
-        active = [other for other in active if other.offsets[axis] + other.sizes[axis] > box.offsets[axis]]
-        if any(_intersect(box, other) for other in active):
+    if len(boxes) <= _FEW_BOXES:
+        return any(_intersect(one, other) for one, other in combinations(boxes, 2))
+    starts = np.array([box.offsets for box in boxes], np.int64)
+    ends = starts + np.array([box.sizes for box in boxes], np.int64)
+    axis = max(range(starts.shape[1]), key=lambda dimension: len(np.unique(starts[:, dimension])))
+    active = np.empty(0, np.int64)
+    left = 16 * len(boxes) ** 1.5  # a grid in two dimensions takes no more than n**1.5, in three n**(5/3)
+    for box in np.argsort(starts[:, axis], kind="stable"):
+        active = active[ends[active, axis] > starts[box, axis]]
+        left -= len(active)
+        _require(left >= 0, "chunks that are cut too irregularly to tell whether they overlap")
+        if ((starts[active] < ends[box]) & (starts[box] < ends[active])).all(axis=1).any():
             return True
-        active.append(box)
+        active = np.append(active, box)
     return False
 
 
@@ -281,11 +300,12 @@ def _intersect(one: Chunk, other: Chunk) -> bool:
 
 def _counts(value: Any) -> tuple[int, ...]:
     _require(isinstance(value, list) and all(_is_count(member) for member in value), "a shape is not a list of counts")
+    _require(len(value) <= _MOST_DIMENSIONS, f"a shape has more than {_MOST_DIMENSIONS} dimensions")
     return tuple(value)
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0  # a bool is an int, and no count
+    return type(value) is int and 0 <= value < _MOST  # a bool is an int, and no count
 
 
 def _require(condition: bool, problem: str) -> None:

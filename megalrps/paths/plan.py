@@ -11,12 +11,18 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Self
 
-from megalrps.errors import InputError
+from megalrps.errors import EXIT_UNKNOWN_FORMAT, InputError
 from megalrps.fingerprint import fingerprint
 from megalrps.paths.curves import Curve
 
 FORMAT_VERSION = 1
 """Of the JSON form; a plan of another format version is refused."""
+
+
+class LaterPlanError(InputError):
+    """A plan that a later version of ours has written."""
+
+    exit_status = EXIT_UNKNOWN_FORMAT
 
 
 @dataclass(frozen=True)
@@ -219,12 +225,13 @@ class Plan:
     def from_json(cls, value: Any, source: str = "plan.json") -> Self:
         """The inverse of :meth:`to_json`, for a plan read from the file ``source``.
 
-        Raises InputError where the value is of another format version, was changed since it was written, or is no
-        plan.
+        Raises InputError where the value is of another format version (LaterPlanError: of a later one), was changed
+        since it was written, or is no plan.
         """
         if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
             found = value.get("format_version") if isinstance(value, dict) else None
-            raise InputError(
+            later = type(found) is int and found > FORMAT_VERSION
+            raise (LaterPlanError if later else InputError)(
                 f"{source} is not a plan of format version {FORMAT_VERSION} (it says {found}): "
                 "read it with the megalrps that wrote it, or plan again"
             )

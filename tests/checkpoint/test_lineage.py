@@ -88,7 +88,7 @@ def test_records_with_a_field_missing_or_mistyped_are_refused(field: str):
         CheckpointRecord.from_json(value | {field: True})
 
 
-@pytest.mark.parametrize("change", [{"record_version": 2}, {"kind": "final"}, {"step": 0}, {"extra": 1}])
+@pytest.mark.parametrize("change", [{"record_version": 3}, {"kind": "final"}, {"step": 0}, {"extra": 1}])
 def test_records_of_another_version_or_content_are_refused(change: dict):
     with pytest.raises(ValueError, match=r".+"):
         CheckpointRecord.from_json(BASE.to_json() | change)
