@@ -23,7 +23,7 @@ compare: setup  ## train the same increments by ptfs, cpt and lrps and print per
 	@PATH="$(BIN):$$PATH" examples/compare.sh
 
 test: dev  ## the test suite (CPU; what needs a GPU is skipped and says so)
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 faults: dev  ## every fault of tests/faults in its full number, from a fresh seed; writes benchmarks/results/faults.json
 	@$(BIN)/python benchmarks/faults.py --output benchmarks/results/faults.json

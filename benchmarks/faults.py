@@ -3,8 +3,9 @@
     python benchmarks/faults.py --output benchmarks/results/faults.json      (make faults)
 
 The tests' figures, by fault, under a head that says when, on what and from which seed; the tables of
-docs/reliability.md are made of it. Nothing is written when a test fails: the seed that it prints repeats it. The page
-alone, from the figures that are there: ``--pages-only``.
+docs/reliability.md are made of it. Nothing is written when a test fails: the seed that is printed repeats it, and what
+has passed with that seed (build/faults/SEED) is not run again. The page alone, from the figures that are there:
+``--pages-only``.
 """
 
 import argparse
@@ -15,10 +16,10 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ RESULT = ROOT / "benchmarks" / "results" / "faults.json"
 PAGE = ROOT / "docs" / "reliability.md"
 BLOCK = re.compile(r"(<!-- (\w+): from benchmarks/results/faults\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 SECONDS_A_TEST = 1800
+LONG = ("test_power_loss", "test_kills", "test_histories", "test_killed_preprocessing", "test_stop_signals")
+"""What takes longest, and so comes first."""
 
 Faults = Mapping[str, Mapping[str, Any]]
 
@@ -116,7 +119,18 @@ def histories(faults: Faults) -> str:
 def trees(faults: Faults) -> str:
     """F14."""
     found = faults["F14"]
-    return f"{found['random_trees']:,} random trees: {found['wrongly_collected']} wrongly collected"
+    races = sum(number for name, number in found.items() if name.startswith("races_of_"))
+    return (
+        f"{found['random_trees']:,} random trees: {found['wrongly_collected']} wrongly collected; {races:,} races with "
+        f"pins and launches; {found['launches_refused']} second launches refused, "
+        f"{found['files_the_refused_have_written']} files written by them"
+    )
+
+
+def preparation(faults: Faults) -> str:
+    """F17."""
+    found = faults["F17"].values()
+    return f"{sum(each['kills'] for each in found):,} kills: {sum(each['failures'] for each in found)} half products"
 
 
 def largest(found: Mapping[str, Any], beginning: str) -> float:
@@ -206,6 +220,11 @@ PROMISES: tuple[tuple[str, Callable[[Faults], str], str], ...] = (
         "F14 `test_random_trees.py`, `test_two_launches.py`",
     ),
     (
+        "A tool that prepares data leaves nothing that is half made and can be read; run again, it makes the same",
+        preparation,
+        "F17 `test_killed_preprocessing.py`",
+    ),
+    (
         "What cannot be gone on from is refused by a status of its own; no wall clock decides anything",
         states,
         "F16 `test_refused_states.py`",
@@ -255,18 +274,48 @@ def rendered(text: str, result: Mapping[str, Any]) -> str:
     return BLOCK.sub(lambda found: f"{found[1]}{render[found[2]](result)}{found[3]}", text)
 
 
+def run_file(file: Path, seed: int, scratch: Path) -> tuple[Path, int]:
+    """Run one file of tests in full numbers, unless that was done before with this seed; the file and pytest's status.
+
+    Its figures and the numbers of its tests are left in ``scratch``.
+    """
+    figures, report = scratch / f"{file.stem}.json", scratch / f"{file.stem}.xml"
+    if report.exists():
+        return file, 0
+    running, log = report.with_suffix(".running"), report.with_suffix(".log")
+    figures.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", str(file), "--full-faults", f"--faults-seed={seed}", "-q", "-rs"]
+    command += [f"--faults-json={figures}", f"--junit-xml={running}", f"--timeout={SECONDS_A_TEST}"]
+    command += ["--show-capture=no", "-p", "no:cacheprovider"]
+    with log.open("w") as out:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False).returncode
+    print(f"{file.name}: {log.read_text().strip().splitlines()[-1]}", flush=True)
+    if status == 0:
+        running.rename(report)
+    return file, status
+
+
 def run(seed: int, processes: int, scratch: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The figures of one full run of tests/faults, and the numbers of its tests; ends the program when one fails."""
-    figures, report = scratch / "figures.json", scratch / "report.xml"
-    command = [sys.executable, "-m", "pytest", "tests/faults", "--full-faults", f"--faults-seed={seed}"]
-    command += [f"--faults-json={figures}", f"--junit-xml={report}", f"--timeout={SECONDS_A_TEST}"]
-    command += ["--numprocesses", str(processes), "--dist", "loadfile", "--show-capture=no", "-q"]
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    if ended.returncode:
-        sys.exit(f"{shlex.join(['pytest', *command[3:6]])} fails: nothing was written")
-    suite = next(iter(ET.parse(report).getroot()))
-    skipped, total = int(suite.get("skipped", 0)), int(suite.get("tests", 0))
-    return json.loads(figures.read_text(encoding="utf-8")), {"passed": total - skipped, "skipped": skipped}
+    files = sorted((ROOT / "tests" / "faults").glob("test_*.py"), key=lambda file: (file.stem not in LONG, file.stem))
+    with ThreadPoolExecutor(processes) as pool:
+        ended = list(pool.map(lambda file: run_file(file, seed, scratch), files))
+    if failed := [file for file, status in ended if status]:
+        logs = ", ".join(str(scratch / f"{file.stem}.log") for file in failed)
+        sys.exit(f"{logs}: failed. Nothing was written; --seed {seed} goes on with what has not passed")
+    faults: dict[str, Any] = {}
+    counts = {"passed": 0, "skipped": 0}
+    for file in files:
+        suite = next(iter(ET.parse(scratch / f"{file.stem}.xml").getroot()))
+        skipped = int(suite.get("skipped", 0))
+        counts["skipped"] += skipped
+        counts["passed"] += int(suite.get("tests", 0)) - skipped
+        figures = scratch / f"{file.stem}.json"
+        found = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {}
+        for name, each in found.items():
+            faults.setdefault(name, {}).update(each)
+    return {name: faults[name] for name in sorted(faults)}, counts
 
 
 def main() -> None:
@@ -282,8 +331,9 @@ def main() -> None:
     seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     started, before = time.monotonic(), os.getloadavg()
-    with tempfile.TemporaryDirectory() as scratch:
-        faults, tests = run(seed, options.processes, Path(scratch))
+    scratch = ROOT / "build" / "faults" / str(seed)
+    scratch.mkdir(parents=True, exist_ok=True)
+    faults, tests = run(seed, options.processes, scratch)
     result = {
         "command": shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]]),
         "convention": "every fault of tests/faults in its full number, drawn from the seed; a figure is what the "

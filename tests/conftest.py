@@ -24,13 +24,14 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
 
 
 # Files are shared out in this order, a file to whoever is free: the long ones first, so that short ones come last.
-LONG_FIRST = ("distributed", "training", "kernels", "parallel", "tests")
+LONG_FIRST = ("test_readme.py", "test_two_nodes.py", "test_examples.py", "test_kernels_command.py")
+ROOMS_IN_TURN = ("training", "faults", "parallel", "kernels", "tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; skip what needs a GPU where there is none, and say so in the summary (pytest -ra)."""
-    rank = {name: place for place, name in enumerate(LONG_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
+    rank = {name: place for place, name in enumerate((*LONG_FIRST, *ROOMS_IN_TURN))}
+    items.sort(key=lambda item: rank.get(item.path.name, rank.get(item.path.parent.name, len(rank))))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if needing and not torch.cuda.is_available():
         for item in needing:

@@ -58,7 +58,7 @@ def test_every_update_uses_and_records_the_closed_form(
     flags, rate = SCHEDULES[schedule]
     used: list[float] = []
     original = Optimizer.step
-    monkeypatch.setattr(Optimizer, "step", lambda self, lr: used.append(lr) or original(self, lr))
+    monkeypatch.setattr(Optimizer, "step", lambda self, lr, loss: used.append(lr) or original(self, lr, loss))
     with opened(command(data, tmp_path / "run", "--lr-warmup-iters", str(WARMUP), *flags)) as run:
         loop.train(run)
     lines = metrics(tmp_path / "run")
