@@ -41,14 +41,21 @@ def model_step_ratios(result: Mapping[str, Any]) -> str:
 
 
 def checkpoint_table(result: Mapping[str, Any]) -> str:
-    speed, ratio = result["megabytes_per_second"], result["ratio"]
-    rows = [("", "ours, MB/s", "torch.distributed.checkpoint, MB/s", "ratio of seconds")]
-    for name, label, peer in (
-        ("save", "save", "dcp_save"),
-        ("load", "load, every byte verified", "dcp_load"),
-        ("load_unverified", "load, sizes verified", "dcp_load"),
-    ):
-        rows.append((label, f"{speed[name]:,.0f}", f"{speed[peer]:,.0f}", f"{ratio[name]:.2f}"))
+    """Of one process and of several: bandwidths where they are what counts, else seconds that the loop waits."""
+    rows = [("", "ranks", "ours", "torch.distributed.checkpoint", "ratio of seconds")]
+    for ranks, each in (("1", result), *result["ranks"].items()):
+        speed, seconds, ratio = each["megabytes_per_second"], each["median_seconds"], each["ratio"]
+        for name, label, peer in (
+            ("save", "save", "dcp_save"),
+            ("load", "load, every byte verified", "dcp_load"),
+            ("load_unverified", "load, sizes verified", "dcp_load"),
+        ):
+            rows.append((label, ranks, f"{speed[name]:,.0f} MB/s", f"{speed[peer]:,.0f} MB/s", f"{ratio[name]:.2f}"))
+        for name, label, peer in (
+            ("stall", "stall of an asynchronous save", "dcp_stall"),
+            ("stall_kept_stager", "the same, with a stager that is kept", "dcp_stall_kept_stager"),
+        ):
+            rows.append((label, ranks, f"{seconds['stall']:.3f} s", f"{seconds[peer]:.3f} s", f"{ratio[name]:.2f}"))
     return table(*rows)
 
 
