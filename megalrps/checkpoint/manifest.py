@@ -53,6 +53,7 @@ _LARGEST_MANIFEST_BYTES = (
 )  # 3.1 B parameters on 64 ranks take about 8 MB; a file beyond this was not written by us
 _FEWEST_CHARACTERS = 12  # for each list or object: "[]," would take twenty times as much memory as text
 _FEW_BOXES = 8
+_BOXES_AT_ONCE = 128
 _MOST, _MOST_DIMENSIONS = 1 << 63, 64  # or multiplying the numbers of a forged shape takes minutes
 _MEND = "restore it from a copy, or remove the directory to go on from an older checkpoint"
 
@@ -278,15 +279,22 @@ def _overlapping(chunks: Sequence[Chunk]) -> bool:
     starts = np.array([box.offsets for box in boxes], np.int64)
     ends = starts + np.array([box.sizes for box in boxes], np.int64)
     axis = max(range(starts.shape[1]), key=lambda dimension: len(np.unique(starts[:, dimension])))
+    order = np.argsort(starts[:, axis], kind="stable")
+    starts, ends = np.ascontiguousarray(starts[order].T), np.ascontiguousarray(ends[order].T)
     active = np.empty(0, np.int64)
     left = 16 * len(boxes) ** 1.5  # a grid in two dimensions takes no more than n**1.5, in three n**(5/3)
-    for box in np.argsort(starts[:, axis], kind="stable"):
-        active = active[ends[active, axis] > starts[box, axis]]
-        left -= len(active)
+    for first in range(0, len(boxes), _BOXES_AT_ONCE):
+        block = np.arange(first, min(first + _BOXES_AT_ONCE, len(boxes)))
+        others = np.append(active[ends[axis, active] > starts[axis, first]], block)
+        left -= len(block) * len(others)
         _require(left >= 0, "chunks that are cut too irregularly to tell whether they overlap")
-        if ((starts[active] < ends[box]) & (starts[box] < ends[active])).all(axis=1).any():
+        shared = others[None, :] < block[:, None]  # each pair once
+        for begin, end in zip(starts, ends, strict=True):
+            shared &= begin[others][None, :] < end[block][:, None]
+            shared &= begin[block][:, None] < end[others][None, :]
+        if shared.any():
             return True
-        active = np.append(active, box)
+        active = others
     return False
 
 
