@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,21 +60,34 @@ def check_undisturbed(run: Path, undisturbed: Path) -> None:
         assert differing(tensors(run, name), tensors(undisturbed, name)) == [], name
 
 
-def stop_self() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
+def wait_here(noted: Path, woken: Path) -> None:
+    """Stand still where the fault is until woken; meanwhile the process is stopped, and another takes its path."""
+    noted.touch()
+    while not woken.exists():
+        time.sleep(0.01)
 
 
-def drawn(number: int) -> list[Fault]:
-    """Where in a run of one rank it is stopped: these two in every session, the others anywhere."""
+def drawn(number: int) -> list[tuple[str, int]]:
+    """Before which call of what a run of one rank is stopped: these two in every session, the others anywhere."""
     draw = random.Random(seed())
-    faults = [Fault(UPDATE, stop_self, 4), Fault(SAVE, stop_self, 2)]
-    while len(faults) < number:
+    places = [(UPDATE, 4), (SAVE, 2)]
+    while len(places) < number:
         where, calls = draw.choice([(UPDATE, STEPS), (AGREEMENT, STEPS), (SAVE, 3)])
-        faults.append(Fault(where, stop_self, draw.randint(1, calls)))
-    return faults
+        places.append((where, draw.randint(1, calls)))
+    return places
 
 
-FAULTS = drawn(count("F8", 2, 10))
+PLACES = drawn(count("F8", 2, 10))
+
+
+def stop(process: int, run: Path) -> None:
+    """Stop it while it does not hold the lineage's lock, which its heartbeat takes: who waits for a lock whose holder
+    sleeps waits as long as it does.
+    """
+    with References(run / "lineage").locked():
+        os.kill(process, signal.SIGSTOP)
+        while not is_stopped(process):
+            time.sleep(0.01)
 
 
 def is_stopped(process: int) -> bool:
@@ -88,18 +102,22 @@ def move_to_another_host(run: Path) -> None:
             leases._write(locked, replace(lease, place=replace(lease.place, host="elsewhere")))
 
 
-@pytest.mark.parametrize("case", range(len(FAULTS)))
+@pytest.mark.parametrize("case", range(len(PLACES)))
 def test_a_launch_that_was_taken_over_in_its_sleep_commits_nothing(
     data: TinyData, undisturbed: Path, tmp_path: Path, case: int
 ):
-    fault, run = FAULTS[case], tmp_path / "run"
+    (where, call), run = PLACES[case], tmp_path / "run"
+    noted, woken = tmp_path / "there", tmp_path / "woken"
+    fault = Fault(where, partial(wait_here, noted, woken), call)
     with started(arguments_of(data, run), 1, tmp_path, fault) as sleeping:
-        wait_for(lambda: sleeping[0].noted.exists() and is_stopped(sleeping[0].process.pid), sleeping)
+        wait_for(noted.exists, sleeping)
+        stop(sleeping[0].process.pid, run)
         move_to_another_host(run)
         (second,) = finished(arguments_of(data, run), 1, tmp_path)
         assert second.status == 0 and "watching" in second.text, f"{fault}\n{second.text}"
         left = {name: files_of(run / name) for name in ("checkpoints", "lineage")}
         told = (run / "run_state.json").read_text()
+        woken.touch()
         sleeping[0].signal(signal.SIGCONT)
         wait(sleeping, 30.0)
     assert sleeping[0].status == EXIT_HELD, f"{fault}\n{sleeping[0].text}"
