@@ -67,7 +67,12 @@ class Run:
         return source_of(self.job, segment)
 
     def refresh(self) -> None:
-        """Look at what the lineage holds now: other launches may have trained other paths of it."""
+        """Look at what the lineage holds now: other launches may have trained other paths of it.
+
+        Raises FencedError on every rank where another has a path of this one: what it has made of it is not for this
+        one to go on with. Collective.
+        """
+        self._check_hold()
         found = self.world.decided(lambda: read_lineage(self.store.directory))
         self.world.together(lambda: check_continuation(found, self.job, self.directory.root))
         self.lineage = as_planned(found, self.job)
@@ -184,7 +189,7 @@ class Run:
         self.world.together(fenced)
 
     def _check_hold(self) -> None:
-        """Raise FencedError on every rank where that is why a save has failed on all of them. Collective.
+        """Raise FencedError on every rank where another launch has a path of this one, by the leases. Collective.
 
         A launch that wakes up in a save finds what it has written removed, or the name taken, by who has the path now.
         """
