@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the entries of ``directory`` durable (a rename is not, until its directory is synced)."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync_file(path: Path) -> None:
+    """Make what has been written to the file ``path``, by whomever, durable; not its name."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the entries of ``directory`` durable (a rename is not, until its directory is synced)."""
+    sync_file(directory)
 
 
 @contextmanager
@@ -67,15 +72,15 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 @contextmanager
-def locked(path: Path | str, *, shared: bool = False) -> Iterator[None]:
+def locked(path: Path | str) -> Iterator[None]:
     """Hold the lock file ``path`` (made where it is not) while the block runs; waits for who holds it.
 
     ``flock``: between processes, and threads, of one host, and over NFS from version 4 on where the server passes locks
-    on. ``shared``: with others that ask so.
+    on.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -127,8 +127,7 @@ def prune(
     one lock: what is pinned or read by a new launch is so before, and stays, or after, and is not there.
     """
     with references.locked() as locked:
-        for path in sorted(leases.paths):
-            leases.check(locked, path)
+        leases.check_all(locked)
         lineage = read_lineage(checkpoints)
         try:
             used = {reference.checkpoint for reference in references.all()}

@@ -237,6 +237,11 @@ class HeldLeases:
             )
         return mine.fence
 
+    def check_all(self, locked: LockedReferences) -> None:
+        """Raise as :meth:`check` where somebody else holds any of the paths now."""
+        for path in sorted(self._taken):
+            self.check(locked, path)
+
     def beat(self) -> None:
         """Show that this process lives; raises FencedError as :meth:`check`."""
         with self._leases.references.locked() as locked:

@@ -120,7 +120,7 @@ def _promises(checkpoints: Path, references: References) -> _Promises:
         for name in (*lineage.records, *lineage.refused):
             try:
                 manifests[name] = read_manifest(checkpoints / name)
-                refuse_unknown_format(checkpoints / name)
+                _refuse_later_version(lineage, checkpoints, name)
             except (CheckpointError, InputError) as error:
                 place = checkpoints / name / ("" if isinstance(error, MissingCheckpointError) else MANIFEST_FILE)
                 complaints.append(_told(checkpoints / name, error, place))
@@ -143,6 +143,11 @@ def _promises(checkpoints: Path, references: References) -> _Promises:
             except (CheckpointError, InputError) as error:
                 complaints.append(_told(leases.directory / f"{name}.json", error))
     return _Promises(lineage, manifests, tuple(found), tuple(complaints))
+
+
+def _refuse_later_version(lineage: Lineage, checkpoints: Path, name: str) -> None:
+    if name in lineage.refused:  # what the lineage has was read in a version that is known
+        refuse_unknown_format(checkpoints / name)
 
 
 def _of_references(said: _Promises, checkpoints: Path, names: Collection[str]) -> Iterator[Complaint]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megalrps.checkpoint.store import Store
 from megalrps.errors import InputError
-from megalrps.files import sync_directory, write_json
+from megalrps.files import sync_directory, sync_file, write_json
 from megalrps.model.config import ModelConfig
 from megalrps.model.huggingface import to_huggingface
 from megalrps.model.parameters import parameter_specs
@@ -57,7 +57,7 @@ def export_huggingface(store: Store, name: str, output: Path, dtype: torch.dtype
         write_json(partial / "config.json", model.config)
         tokenizer = _copy_tokenizer(recorded["data"].get("tokenizer_model"), partial)
         for file in partial.iterdir():
-            _sync(file)
+            sync_file(file)
         sync_directory(partial)
         size = (partial / WEIGHTS_FILE).stat().st_size
         _refuse_existing(output)
@@ -96,11 +96,3 @@ def _copy_tokenizer(model: str | None, target: Path) -> tuple[str, ...]:
 def _refuse_existing(output: Path) -> None:
     if os.path.lexists(output):
         raise InputError(f"--output {output} exists: nothing is ever written over it; name another")
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

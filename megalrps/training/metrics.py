@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from megalrps.errors import InputError
-from megalrps.files import locked, replacing, sync_directory
+from megalrps.files import locked, replacing, sync_directory, sync_file
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,7 @@ class MetricsFile:
         On any thread, beside a :meth:`write`: whichever file lies there has all the lines that were written before, and
         one that another launch has put there was durable before it came.
         """
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_file(self._path)
 
     def __enter__(self) -> Self:
         return self

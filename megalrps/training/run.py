@@ -197,8 +197,7 @@ class Run:
         def check() -> None:
             if self.publisher is not None:
                 with self.publisher.references.locked() as locked:
-                    for path in sorted(self.publisher.leases.paths):
-                        self.publisher.leases.check(locked, path)
+                    self.publisher.leases.check_all(locked)
 
         self.world.together(check)
 

@@ -82,8 +82,7 @@ class RunState:
             news |= {"path": path, "step": self.trained.step, "checkpoint": newest}
         self._told |= {**news, "updated": _now()}
         with self._publisher.references.locked() as locked, suppress(FencedError):
-            for path in sorted(self._publisher.leases.paths):
-                self._publisher.leases.check(locked, path)
+            self._publisher.leases.check_all(locked)
             write_json(self._file, self._told)
 
 
