@@ -23,7 +23,8 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCES = [f"csrc/{name}.cpp" for name in ("module", "adamw", "norm", "permutation", "cuda_absent")]
+PARTS = ("module", "adamw", "norm", "permutation", "windows_binding", "word_pieces_binding", "cuda_absent")
+SOURCES = [f"csrc/{name}.cpp" for name in PARTS]
 CUDA_SOURCES = [f"csrc/{name}.cu" for name in ("adamw", "norm", "device")]
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").glob(pattern))
 # -ffp-contract=off: csrc/adamw_element.h rounds after every operation, so that an element's bits do not depend on its

@@ -1,35 +1,22 @@
 // The Python module megalrps._native: checks what Python hands over, then computes without the GIL.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <span>
 #include <stdexcept>
 #include <string>
 
 #include "adamw.h"
+#include "bindings.h"
 #include "cuda.h"
 #include "norm.h"
 #include "permutation.h"
 
 namespace py = pybind11;
 
+using megalrps::Array;
+using megalrps::flat_view;
+
 namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-
-template <typename T>
-std::span<const T> flat_view(const Array<T>& array, const char* name) {
-    if (array.ndim() != 1) {
-        throw py::value_error(std::string(name) + " must have one dimension");
-    }
-    if (array.size() > 0 && reinterpret_cast<uintptr_t>(array.data()) % alignof(T) != 0) {
-        throw py::value_error(std::string(name) + " must be aligned");  // numpy makes arrays of any bytes of a buffer
-    }
-    return {array.data(), static_cast<size_t>(array.size())};
-}
 
 Array<int64_t> permute(const Array<int64_t>& indices, int64_t size, const Array<uint64_t>& round_keys) {
     const auto index_view = flat_view(indices, "indices");
@@ -220,6 +207,8 @@ PYBIND11_MODULE(_native, module) {
     // noconvert: an array of another type or layout is a mistake of the caller, not something to copy in silence.
     module.def("permute", &permute, py::arg("indices").noconvert(), py::arg("size"), py::arg("round_keys").noconvert(),
                "Keyed permutation of [0, size): int64 [n] -> int64 [n]; see megalrps.data.permutation.");
+    megalrps::bind_windows(module);
+    megalrps::bind_word_pieces(module);
     module.def("adamw", &adamw, py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
                py::arg("exp_avg_sq"), py::arg("narrow") = 0, py::arg("elements"), py::arg("type"),
                py::arg("exp_avg_type"), py::arg("exp_avg_sq_type"), py::arg("narrow_type") = "",
