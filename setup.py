@@ -23,7 +23,19 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-PARTS = ("module", "adamw", "norm", "permutation", "windows_binding", "word_pieces_binding", "cuda_absent")
+PARTS = (
+    "module",
+    "adamw",
+    "norm",
+    "permutation",
+    "windows",
+    "packing",
+    "windows_binding",
+    "word_memory",
+    "word_pieces",
+    "word_pieces_binding",
+    "cuda_absent",
+)
 SOURCES = [f"csrc/{name}.cpp" for name in PARTS]
 CUDA_SOURCES = [f"csrc/{name}.cu" for name in ("adamw", "norm", "device")]
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").glob(pattern))

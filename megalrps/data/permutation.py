@@ -56,10 +56,13 @@ class KeyedPermutation:
         """Where each of ``indices``, a flat int64 array [n] in [0, size), is sent: int64 [n]; ValueError for others."""
         if not isinstance(indices, np.ndarray) or indices.dtype != np.int64 or indices.ndim != 1:
             raise ValueError("indices must be a flat numpy array of int64")
+        if self.implementation == "native":
+            try:
+                return _native.permute(np.require(indices, requirements=("C", "A")), self.size, self._round_keys)
+            except ValueError as error:  # csrc looks at each index anyway
+                raise ValueError(f"indices must lie in [0, {self.size}): {error}") from None
         if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < self.size):
             raise ValueError(f"indices must lie in [0, {self.size})")
-        if self.implementation == "native":
-            return _native.permute(np.require(indices, requirements=("C", "A")), self.size, self._round_keys)
         return _permute(indices, self.size, self._round_keys)
 
 

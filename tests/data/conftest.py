@@ -14,14 +14,17 @@ TOKENIZER = TokenizerIdentity("SentencePieceTokenizer", 50_000, 2, "0" * 64)
 
 @pytest.fixture(scope="session")
 def make_increment(tmp_path_factory):
-    """Write and open an increment of the given tokens: token i of it is ``first_token + i`` unless ``tokens`` says."""
+    """Write and open an increment of the given tokens: token i of it is ``first_token + i`` unless ``tokens`` says.
+
+    Its documents have ``sizes`` tokens, or there are three.
+    """
     numbers = itertools.count()
 
-    def make(count=0, first_token=0, *, tokens=None, name="text", tokenizer=TOKENIZER, dtype=np.uint16):
+    def make(count=0, first_token=0, *, tokens=None, sizes=None, name="text", tokenizer=TOKENIZER, dtype=np.uint16):
         prefix = tmp_path_factory.mktemp("increment") / f"set{next(numbers)}"
         tokens = np.arange(first_token, first_token + count) if tokens is None else np.asarray(tokens)
         with IndexedDatasetWriter(prefix, dtype) as writer:
-            for document in np.array_split(tokens, 3):
+            for document in np.array_split(tokens, 3 if sizes is None else np.cumsum(sizes)[:-1]):
                 writer.add_document(document)
         manifest = describe_dataset(
             prefix, name=name, tokenizer=tokenizer, text_bytes=4 * len(tokens), append_eod=False, sources=("a.jsonl",)

@@ -121,3 +121,65 @@ def call_keyed_permutation(chance: random.Random, native: Any) -> str:
         expect(np.array_equal(answer, expected), f"permutation of {places} below {size}")
 
     return outcome_of(lambda: KeyedPermutation(size, b"key", implementation="native")(indices), valid, check)
+
+
+TEXTS = (
+    "",
+    "a",
+    " a",
+    "ab\u2581",
+    "b a  ab",
+    "\0",
+    "\u00e9",
+    "\U0010ffff",
+    "\u2581",
+    "x" * 70,
+    "ab" * 500,
+    "\ud800",
+    b"a",
+    None,
+    3,
+)
+
+
+def call_word_pieces(chance: random.Random, native: Any) -> str:
+    """Vocabularies and texts of all sorts; whatever is answered must spell the texts."""
+    letters = ("a", "b", "ab", "\u2581", "\u2581a", "\u00e9", "b\u2581", "aba", " ", "x", *TEXTS[:2], "\ud800", b"a")
+    pieces = [chance.choice(letters[: chance.choice((9, 9, 9, 9, 15))]) for _ in range(chance.choice((0, 1, 3, 8)))]
+    if chance.random() < 0.8:
+        pieces = list(dict.fromkeys(pieces))
+    scores = np.array([chance.choice((0.0, -1.0, -2.5, 1e30, -math.inf)) for _ in pieces], np.float32)
+    ids = np.array([256 + place for place in range(len(pieces))], np.int32)
+    if pieces and chance.random() < 0.1:
+        scores[-1], ids[0] = chance.choice(((math.nan, 3), (0.0, -1)))
+    shapes = (
+        *[lambda values: values] * 9,
+        unaligned,
+        np.ndarray.tolist,
+        lambda values: values[:-1],
+        lambda values: None,
+    )
+    chosen_scores, chosen_ids = chance.choice(shapes)(scores), chance.choice(shapes)(ids)
+    byte_ids = np.arange(chance.choice((256, 256, 256, 256, 0, 255)), dtype=np.int32)
+    memory_bytes = chance.choice((0, 1, 100, 4096, 1 << 20, -1, None, 2**63))
+    texts = [chance.choice(TEXTS[: chance.choice((11, 11, 11, 15))]) for _ in range(chance.choice((0, 1, 5, 40)))]
+
+    def call() -> Any:
+        words = native.WordPieces(
+            pieces, chosen_scores, chosen_ids, byte_ids, prefix=chance.random() < 0.5, memory_bytes=memory_bytes
+        )
+        words.encode(texts)
+        return words.encode(chance.choice((list, tuple, iter))(texts))
+
+    def check(answer: Any) -> None:
+        tokens, lengths = answer
+        ends = np.cumsum(lengths)
+        expect(lengths.size == len(texts) and tokens.size == (ends[-1] if texts else 0), "lengths")
+        spelling = [*(bytes([byte]) for byte in range(256)), *(piece.encode() for piece in pieces)]
+        order = {int(number): spelling[256 + place] for place, number in enumerate(chosen_ids)}
+        for text, end, length in zip(texts, ends, lengths, strict=True):
+            spelled = b"".join(order.get(i) or spelling[i] for i in tokens[end - length : end].tolist())
+            wanted = text.replace(" ", "\u2581").encode()
+            expect(spelled in (wanted, "\u2581".encode() + wanted), f"{text!r} is spelled {spelled!r}")
+
+    return outcome_of(call, None, check)

@@ -22,6 +22,7 @@ from typing import Any
 
 import hostile_calls as arrays
 import hostile_memory as memory
+import hostile_windows as windows
 import pytest
 import torch
 from counts import count, record, seed
@@ -33,6 +34,11 @@ Family = Callable[[random.Random, Any], str]
 FAMILIES: tuple[Family, ...] = (
     arrays.call_permute,
     arrays.call_keyed_permutation,
+    arrays.call_word_pieces,
+    windows.call_gather,
+    windows.call_document_starts,
+    windows.call_packing,
+    windows.call_fill_packed,
     memory.call_adamw,
     memory.call_sum_of_squares,
     memory.call_pieces_of,
