@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make an increment of a dataset that Megatron made: check PREFIX.bin and .idx, write the manifest beside them."""
+"""Make an increment of a dataset of Megatron's: check PREFIX.bin and .idx, write manifest and digests beside them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ PROGRAM = "adopt_dataset.py"
 
 @dataclass(frozen=True)
 class AdoptOptions:
-    """Write PREFIX.json for a dataset that lacks it. The dataset itself is read and never changed."""
+    """Write PREFIX.json and PREFIX.blocks for a dataset that lacks them. The dataset is read once and never changed."""
 
     prefix: Path
     """The dataset: PREFIX.bin and PREFIX.idx."""

@@ -1,83 +1,63 @@
-"""The indexed dataset: token ids in ``PREFIX.bin``, where each sequence and document starts in ``PREFIX.idx``.
+"""The indexed dataset, opened: token ids in ``PREFIX.bin``, where each sequence and document starts in ``PREFIX.idx``.
 
-Both files are byte for byte those of Megatron-LM's ``IndexedDataset`` (``megatron/core/datasets/indexed_dataset.py``),
-so datasets go both ways. All numbers are little-endian; an index has these parts, nothing between and nothing after:
-
-====== ===== ==========================================================================================
-offset bytes content
-====== ===== ==========================================================================================
-0      9     magic ``MMIDIDX\\0\\0``
-9      8     version 1, uint64
-17     1     dtype code of the tokens, uint8
-18     8     number of sequences S, uint64
-26     8     number of entries of the document array D = documents + 1, uint64
-34     4 S   length of each sequence in tokens, int32
-..     8 S   byte offset of each sequence in ``PREFIX.bin``, int64
-..     8 D   index of the first sequence of each document, int64, then S
-====== ===== ==========================================================================================
-
-Every one of these numbers is checked on opening: a wrong one that is trusted reads other documents' tokens in silence.
+:mod:`megalrps.data.index_format` has the layout, :mod:`megalrps.data.index_writer` writes it. Every number of an index
+is checked on opening or where it is used: a wrong one that is trusted reads other documents' tokens in silence.
 """
 
 import mmap
 import os
-import struct
-from array import array
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megalrps.data import windows
+from megalrps.data.index_format import (
+    DTYPE_CODES,
+    HEADER_BYTES,
+    REMAKE,
+    bin_path,
+    blocks_path,
+    idx_path,
+    manifest_path,
+    parse_header,
+    token_dtype,
+)
+from megalrps.data.index_writer import IndexedDatasetWriter
 from megalrps.errors import InputError
-from megalrps.files import replacing, sync_directory
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-DTYPE_CODES: dict[str, int] = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
-"""Codes of the integer token types. 6 and 7 are floats, in an order that differs between versions: refused."""
-REMAKE = "run tools/preprocess_data.py again"
-"""The mend for a damaged dataset, in every message about one."""
+__all__ = [
+    "DTYPE_CODES",
+    "REMAKE",
+    "IndexedDataset",
+    "IndexedDatasetWriter",
+    "bin_path",
+    "blocks_path",
+    "idx_path",
+    "manifest_path",
+    "token_dtype",
+]
 
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
-_LONGEST_SEQUENCE = 2**31 - 1
-_UINT16_VOCABULARY = 65500
 _CHECKED_AT_ONCE = 1 << 20
+_ANY_TOKEN = 2**63 - 1
 
 
-def bin_path(prefix: Path | str) -> Path:
-    """The file of the token ids of the dataset ``prefix``."""
-    return Path(f"{prefix}.bin")
+class BlockCache(Protocol):
+    """Which parts of a mapped ``PREFIX.bin`` are there; :mod:`megalrps.data.remote` fetches the others."""
 
-
-def idx_path(prefix: Path | str) -> Path:
-    """The index of the dataset ``prefix``; a dataset exists when this file does."""
-    return Path(f"{prefix}.idx")
-
-
-def manifest_path(prefix: Path | str) -> Path:
-    """The increment manifest of the dataset ``prefix`` (see :mod:`megalrps.data.manifest`)."""
-    return Path(f"{prefix}.json")
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type Megatron stores the ids of ``vocab_size`` tokens in: uint16 for fewer than 65500, else int32."""
-    return np.dtype(np.uint16 if vocab_size < _UINT16_VOCABULARY else np.int32)
+    def need(self, starts: npt.NDArray[np.int64], size: int) -> None:
+        """Return when the bytes [start, start + size) of all ``starts`` [n] are there, whole; InputError otherwise."""
 
 
 class IndexedDataset:
     """A finished dataset, memory-mapped and read-only; ``dataset[i]`` is the tokens of sequence i.
 
-    Opening checks the whole index against itself and against the size of ``PREFIX.bin`` and raises InputError, naming
-    the file and the mend, for whatever does not fit; no later access can leave the mappings. Tokens are not looked at.
+    Opening checks the index against itself and against the size of ``PREFIX.bin`` and raises InputError, naming the
+    file and the mend, for whatever does not fit. Entries that were not looked at then are checked where they are used:
+    no access can leave the mappings. Tokens are not looked at.
     """
 
-    tokens: npt.NDArray[Any]
-    """All tokens of the dataset, in order: one flat array [T] of the stored integer type."""
     sequence_lengths: npt.NDArray[np.int32]
     """Tokens of each sequence, [S]."""
     sequence_pointers: npt.NDArray[np.int64]
@@ -85,23 +65,51 @@ class IndexedDataset:
     document_indices: npt.NDArray[np.int64]
     """First sequence of each document, then S: [documents + 1]; equal neighbours are a document without tokens."""
 
-    def __init__(self, prefix: Path | str) -> None:
+    def __init__(
+        self, prefix: Path | str, *, checked_bytes: int | None = None, cache: BlockCache | None = None
+    ) -> None:
+        """Open ``prefix``; where ``PREFIX.bin`` has holes, ``cache`` fills them.
+
+        An index of up to ``checked_bytes`` (None: of any size) is checked entry by entry; of a larger one header, sizes
+        and ends are, and :meth:`check_entries` looks at parts.
+        """
         self.prefix = str(prefix)
-        index = _map_file(idx_path(prefix))
-        dtype, sequences, document_entries = _parse_header(index, idx_path(prefix))
-        at = _HEADER.size
+        index = self._index = _map_file(idx_path(prefix))
+        dtype, sequences, document_entries = parse_header(index[:HEADER_BYTES], len(index), idx_path(prefix))
+        at = HEADER_BYTES
         self.sequence_lengths = np.frombuffer(index, "<i4", sequences, at)
         self.sequence_pointers = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
         self.document_indices = np.frombuffer(index, "<i8", document_entries, at + 12 * sequences)
+        self.index_bytes = len(index)
         content = _map_file(bin_path(prefix))
-        self._check_sequences(dtype.itemsize, len(content))
-        self._check_documents()
-        self.tokens = np.frombuffer(content, dtype)
+        self._dtype = dtype
+        self._content_bytes = len(content)
+        self._cache = cache
+        if checked_bytes is None or len(index) <= checked_bytes:
+            self._check_sequences()
+            self._check_documents()
+        self._check_ends()
+        self._array = np.frombuffer(content, dtype)
+
+    @property
+    def tokens(self) -> npt.NDArray[Any]:
+        """All tokens of the dataset, in order: one flat mapped array [T] of the stored integer type.
+
+        RuntimeError where parts of it are still elsewhere: their places hold zeros.
+        """
+        if self._cache is not None:
+            raise RuntimeError(f"{self.prefix}: its tokens are fetched as they are needed; read() and gather() do")
+        return self._array
+
+    @property
+    def tokens_count(self) -> int:
+        """Number of tokens (T)."""
+        return self._content_bytes // self._dtype.itemsize
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The integer type the tokens are stored in."""
-        return self.tokens.dtype
+        return self._dtype
 
     @property
     def document_count(self) -> int:
@@ -112,151 +120,140 @@ class IndexedDataset:
         return len(self.sequence_lengths)
 
     def __getitem__(self, sequence: int) -> npt.NDArray[Any]:
-        """Tokens of one sequence, a view of the mapping; IndexError outside [-S, S)."""
-        start = int(self.sequence_pointers[sequence]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.sequence_lengths[sequence])]
+        """Tokens of one sequence, a view of the mapping; IndexError outside [-S, S), InputError if it is damaged."""
+        start, rest = divmod(int(self.sequence_pointers[sequence]), self._dtype.itemsize)
+        stop = start + int(self.sequence_lengths[sequence])
+        if rest or not 0 <= start <= stop <= self.tokens_count:
+            raise InputError(f"{idx_path(self.prefix)}: sequence {sequence} lies outside the tokens: damaged; {REMAKE}")
+        return self.read(start, stop)
 
-    def _check_sequences(self, token_bytes: int, content_bytes: int) -> None:
-        """Check that the sequences lie end to end and fill the ``content_bytes`` of ``PREFIX.bin``."""
-        path = idx_path(self.prefix)
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Tokens [start, stop) in the stored type, a view of the mapping; ValueError outside [0, T]."""
+        if not 0 <= start <= stop <= self.tokens_count:
+            raise ValueError(f"tokens {start} to {stop} of {self.tokens_count}")
+        self._need(np.array([start], np.int64), stop - start)
+        return self._array[start:stop]
+
+    def gather(
+        self, starts: npt.NDArray[np.int64], length: int, vocabulary: int | None = None
+    ) -> npt.NDArray[np.int64]:
+        """``length`` tokens from each of ``starts`` [n] (token offsets) on: int64 [n, length].
+
+        ValueError where a window leaves the dataset; TokenOutsideError for an id outside [0, ``vocabulary``).
+        """
+        self._need(starts, length)
+        return windows.gather(self._array, starts, length, _ANY_TOKEN if vocabulary is None else vocabulary)
+
+    def document_starts(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:
+        """For each token of the windows of :meth:`gather` the place in it where its document begins: int32 [n, length].
+
+        0 where it began before the window. IndexDamagedError where entries of the index lead outside.
+        """
+        return windows.document_starts(
+            self.sequence_pointers,
+            self.sequence_lengths,
+            self.document_indices,
+            self._dtype.itemsize,
+            starts,
+            length,
+        )
+
+    def check_entries(self, start: int, stop: int) -> None:
+        """Check the entries of the index in its bytes [start, stop): order and bounds, from these bytes alone."""
+        sequences = len(self)
+        arrays = ((4, 0, sequences), (8, 4 * sequences, sequences), (8, 12 * sequences, len(self.document_indices)))
+        lengths, pointers, documents = (
+            slice(*_entries_within(start - HEADER_BYTES - at, stop - HEADER_BYTES - at, width, count))
+            for width, at, count in arrays
+        )
+        if (self.sequence_lengths[lengths] < 0).any():
+            raise self._negative()
+        if not _in_order(self.sequence_pointers[pointers], self._content_bytes, self._dtype.itemsize):
+            raise self._disjointed()
+        if not _in_order(self.document_indices[documents], sequences):
+            raise self._disordered()
+
+    def read_at_random(self) -> None:
+        """Give back the memory of the parts of the index that were looked at, and expect reads of single pages."""
+        if isinstance(self._index, mmap.mmap):
+            self._index.madvise(mmap.MADV_DONTNEED)
+            self._index.madvise(mmap.MADV_RANDOM)
+
+    def _need(self, starts: npt.NDArray[np.int64], length: int) -> None:
+        if self._cache is None or not len(starts) or length < 1:
+            return
+        if int(starts.min()) < 0 or int(starts.max()) > self.tokens_count - length:
+            raise ValueError(f"windows of {length} tokens leave the {self.tokens_count} of {self.prefix}")
+        self._cache.need(starts * self._dtype.itemsize, length * self._dtype.itemsize)
+
+    def _check_ends(self) -> None:
+        """Check what fits into no time: the first and last entries, and the total against ``PREFIX.bin``."""
+        total = 0
+        if len(self):
+            if int(self.sequence_pointers[0]) != 0:
+                raise self._disjointed()
+            total = int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self._dtype.itemsize
+        uneven = self._content_bytes % self._dtype.itemsize
+        if uneven or total != self._content_bytes or int(self.sequence_lengths[-1:].sum()) < 0:
+            raise self._of_other_size()
+        if int(self.document_indices[0]) != 0 or int(self.document_indices[-1]) != len(self):
+            raise self._disordered()
+
+    def _check_sequences(self) -> None:
+        """Check that the sequences lie end to end and fill ``PREFIX.bin``."""
         total = 0
         # In blocks, so that no size needs memory; a total beyond the file ends the loop before it can overflow 64 bits.
         for start in range(0, len(self), _CHECKED_AT_ONCE):
             lengths = self.sequence_lengths[start : start + _CHECKED_AT_ONCE]
             if int(lengths.min()) < 0:
-                raise InputError(f"{path}: holds a negative sequence length: the file is damaged; {REMAKE}")
-            ends = total + token_bytes * np.cumsum(lengths, dtype=np.int64)
+                raise self._negative()
+            ends = total + self._dtype.itemsize * np.cumsum(lengths, dtype=np.int64)
             pointers = self.sequence_pointers[start : start + _CHECKED_AT_ONCE]
             if int(pointers[0]) != total or not np.array_equal(pointers[1:], ends[:-1]):
-                raise InputError(f"{path}: byte offsets are not the running sum of the lengths: damaged; {REMAKE}")
+                raise self._disjointed()
             total = int(ends[-1])
-            if total > content_bytes:
+            if total > self._content_bytes:
                 break
-        if total != content_bytes:
-            raise InputError(
-                f"{bin_path(self.prefix)}: its {content_bytes} bytes are not what {path.name} describes: "
-                f"cut short, or of another dataset; {REMAKE}"
-            )
+        if total != self._content_bytes:
+            raise self._of_other_size()
 
     def _check_documents(self) -> None:
-        documents = self.document_indices
-        bounded = int(documents[0]) == 0 and int(documents[-1]) == len(self)
-        if not bounded or not _is_sorted(documents):
-            path = idx_path(self.prefix)
-            raise InputError(f"{path}: its documents do not run from 0 to {len(self)} in order: damaged; {REMAKE}")
+        for start in range(0, len(self.document_indices), _CHECKED_AT_ONCE):
+            if not _in_order(self.document_indices[start : start + _CHECKED_AT_ONCE + 1], len(self)):
+                raise self._disordered()
+
+    def _negative(self) -> InputError:
+        return InputError(f"{idx_path(self.prefix)}: holds a negative sequence length: the file is damaged; {REMAKE}")
+
+    def _disjointed(self) -> InputError:
+        return InputError(
+            f"{idx_path(self.prefix)}: byte offsets are not the running sum of the lengths: damaged; {REMAKE}"
+        )
+
+    def _of_other_size(self) -> InputError:
+        return InputError(
+            f"{bin_path(self.prefix)}: its {self._content_bytes} bytes are not what {idx_path(self.prefix).name} "
+            f"describes: cut short, or of another dataset; {REMAKE}"
+        )
+
+    def _disordered(self) -> InputError:
+        return InputError(
+            f"{idx_path(self.prefix)}: its documents do not run from 0 to {len(self)} in order: damaged; {REMAKE}"
+        )
 
 
-class IndexedDatasetWriter:
-    """Writes a dataset, document after document; a context manager.
+def _entries_within(start: int, stop: int, width: int, count: int) -> tuple[int, int]:
+    """First and end of the entries of ``width`` bytes, ``count`` in all, that lie whole in bytes [start, stop)."""
+    first = min(max(-(-start // width), 0), count)
+    return first, max(min(stop // width, count), first)
 
-    Tokens stream into a partial file beside ``PREFIX.bin``. Only when the block ends without an exception are both
-    files flushed to the disk and renamed into place, the index last: a dataset that can be opened is whole.
-    Memory: 12 bytes a document.
-    """
 
-    def __init__(self, prefix: Path | str, dtype: npt.DTypeLike, *, overwrite: bool = False) -> None:
-        """Prepare to write ``prefix``; InputError where a finished dataset stands, unless it may be replaced."""
-        self.prefix = str(prefix)
-        self.dtype = np.dtype(dtype)
-        if self.dtype.name not in DTYPE_CODES:
-            raise InputError(
-                f"{prefix}: tokens cannot be stored as {self.dtype}; choose one of {', '.join(DTYPE_CODES)}"
-            )
-        if not overwrite and idx_path(prefix).exists():
-            raise InputError(
-                f"{idx_path(prefix)}: a finished dataset is already there; remove it or choose another --output-prefix"
-            )
-        self._highest_token = int(np.iinfo(self.dtype).max)
-        self._lengths = array("i")
-        self._document_indices = array("q", [0])
-        self._token_count = 0
-        self._stack = ExitStack()
-        self._file: IO[bytes] | None = None
-
-    @property
-    def document_count(self) -> int:
-        """Documents added so far."""
-        return len(self._document_indices) - 1
-
-    @property
-    def sequence_count(self) -> int:
-        """Sequences added so far."""
-        return len(self._lengths)
-
-    @property
-    def token_count(self) -> int:
-        """Tokens added so far."""
-        return self._token_count
-
-    def __enter__(self) -> Self:
-        path = bin_path(self.prefix)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._stack.enter_context(replacing(path))
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be written ({error.strerror}); choose another output directory"
-            ) from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file = None
-        if error is not None:
-            self._stack.__exit__(kind, error, traceback)
-            return
-        # A dataset that is being replaced disappears first: its index or manifest must never describe the new tokens.
-        idx_path(self.prefix).unlink(missing_ok=True)
-        manifest_path(self.prefix).unlink(missing_ok=True)
-        sync_directory(bin_path(self.prefix).parent)
-        self._stack.close()
-        with replacing(idx_path(self.prefix)) as index:
-            self._write_index(index)
-
-    def add_document(self, tokens: npt.ArrayLike, sequence_lengths: Sequence[int] | None = None) -> None:
-        """Append one document, token ids ``tokens`` [T], cut into sequences of ``sequence_lengths`` (their sum is T).
-
-        By default a document is one sequence; one without tokens is then a document without a sequence, as Megatron's
-        ``preprocess_data.py`` writes it. Raises InputError for ids that the dataset's type cannot hold.
-        """
-        if self._file is None:
-            raise RuntimeError("add_document belongs inside the writer's with-block")
-        stored = self._to_stored(np.asarray(tokens))
-        if sequence_lengths is None:
-            sequence_lengths = (stored.size,) if stored.size else ()
-        elif sum(sequence_lengths) != stored.size or min(sequence_lengths, default=0) < 0:
-            raise ValueError(f"sequence lengths {list(sequence_lengths)} do not cut a document of {stored.size} tokens")
-        if max(sequence_lengths, default=0) > _LONGEST_SEQUENCE:
-            raise InputError(
-                f"{self.prefix}: a document of {stored.size} tokens is too long for one sequence; split it"
-            )
-        self._file.write(stored.data)
-        self._lengths.extend(sequence_lengths)
-        self._document_indices.append(len(self._lengths))
-        self._token_count += stored.size
-
-    def _to_stored(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``tokens`` in the stored type, checked: an id out of range would wrap round to another token."""
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise ValueError(f"tokens of a document must be a flat array of integers, not {tokens.dtype}{tokens.shape}")
-        if tokens.size and not (int(tokens.min()) >= 0 and int(tokens.max()) <= self._highest_token):
-            raise InputError(
-                f"{self.prefix}: token ids {int(tokens.min())}..{int(tokens.max())} do not fit {self.dtype} "
-                f"(0..{self._highest_token}); check the tokenizer's vocabulary size"
-            )
-        return np.ascontiguousarray(tokens, dtype=self.dtype.newbyteorder("<"))
-
-    def _write_index(self, index: IO[bytes]) -> None:
-        lengths = np.frombuffer(self._lengths, np.int32)
-        pointers = np.zeros(len(lengths), "<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])  # int32 would overflow at 2 GiB
-        pointers *= self.dtype.itemsize
-        documents = np.frombuffer(self._document_indices, np.int64)
-        index.write(_HEADER.pack(MAGIC, VERSION, DTYPE_CODES[self.dtype.name], len(lengths), len(documents)))
-        index.write(lengths.astype("<i4", copy=False).data)
-        index.write(pointers.data)
-        index.write(documents.astype("<i8", copy=False).data)
+def _in_order(values: npt.NDArray[np.int64], highest: int, step: int = 1) -> bool:
+    """Whether ``values`` [n] do not fall, and are multiples of ``step`` from 0 to ``highest``."""
+    if not values.size:
+        return True
+    bounded = int(values[0]) >= 0 and int(values[-1]) <= highest
+    return bounded and bool(np.all(values[1:] >= values[:-1])) and (step == 1 or not (values % step).any())
 
 
 def _map_file(path: Path) -> mmap.mmap | bytes:
@@ -270,29 +267,3 @@ def _map_file(path: Path) -> mmap.mmap | bytes:
         raise InputError(f"{path}: no such file; check the data path, or {REMAKE}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the data path") from error
-
-
-def _parse_header(index: mmap.mmap | bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
-    """Token type, number of sequences and of document entries of an index; InputError if its size does not fit them."""
-    if len(index) < _HEADER.size or index[: len(MAGIC)] != MAGIC:
-        raise InputError(f"{path}: not an index of token data (bad magic bytes); check the data path, or {REMAKE}")
-    _, version, code, sequences, document_entries = _HEADER.unpack(index[: _HEADER.size])
-    if version != VERSION:
-        raise InputError(f"{path}: index version {version}, where only {VERSION} is known; {REMAKE}")
-    if code not in _DTYPE_NAMES:
-        kind = "tokens of a floating-point type" if code in (6, 7) else f"an unknown token type (code {code})"
-        raise InputError(f"{path}: holds {kind}; {REMAKE}")
-    expected = _HEADER.size + 12 * sequences + 8 * document_entries  # Python integers: no count can overflow
-    if sequences and len(index) == expected + sequences:
-        raise InputError(f"{path}: a multimodal index (a mode for each sequence); write the text without --multimodal")
-    if len(index) != expected or document_entries == 0:
-        raise InputError(
-            f"{path}: has {len(index)} bytes where its header says {expected}: cut short or damaged; {REMAKE}"
-        )
-    return np.dtype(_DTYPE_NAMES[code]).newbyteorder("<"), sequences, document_entries
-
-
-def _is_sorted(values: npt.NDArray[np.int64]) -> bool:
-    """Whether no value is smaller than the one before it; in blocks, to need no memory of the size of ``values``."""
-    blocks = (values[start : start + _CHECKED_AT_ONCE + 1] for start in range(0, len(values), _CHECKED_AT_ONCE))
-    return all(bool(np.all(block[1:] >= block[:-1])) for block in blocks)

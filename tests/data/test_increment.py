@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megalrps.data.increment import open_increment
-from megalrps.data.indexed import bin_path, idx_path, manifest_path
+from megalrps.data.indexed import bin_path, blocks_path, idx_path, manifest_path
 from megalrps.data.manifest import write_manifest
 from megalrps.errors import InputError
 
@@ -17,7 +17,7 @@ from megalrps.errors import InputError
 def increment(make_increment, tmp_path):
     """An increment of 30 tokens in three documents, copied to a prefix of this test's own."""
     made = make_increment(30)
-    for path_of in (bin_path, idx_path, manifest_path):
+    for path_of in (bin_path, idx_path, blocks_path, manifest_path):
         shutil.copy(path_of(made.dataset.prefix), path_of(tmp_path / "set"))
     return open_increment(tmp_path / "set", verify=True)
 
@@ -45,14 +45,14 @@ def test_a_changed_index_of_valid_structure_is_noticed(increment):
         open_increment(increment.dataset.prefix)
 
 
-def test_a_changed_token_is_noticed_when_asked(increment):
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_changed_token_of_a_small_increment_is_noticed(increment, verify):
     path = bin_path(increment.dataset.prefix)
     content = np.fromfile(path, np.uint16)
     content[7] += 1
     path.write_bytes(content.tobytes())
-    open_increment(increment.dataset.prefix)
     with pytest.raises(InputError, match=r"set\.bin: changed since .*preprocess_data\.py again"):
-        open_increment(increment.dataset.prefix, verify=True)
+        open_increment(increment.dataset.prefix, verify)
 
 
 @pytest.mark.parametrize("path_of", [bin_path, idx_path, manifest_path])

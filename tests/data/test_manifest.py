@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megalrps.data.block_digests import BlockDigests
 from megalrps.data.indexed import IndexedDatasetWriter
 from megalrps.data.manifest import (
     IncrementManifest,
@@ -35,17 +36,38 @@ MANIFEST = IncrementManifest(
     sources=("may é.jsonl.gz",),
 )
 
+# .bin has 14 bytes, .idx 34 + 12 * 2 + 8 * 4 = 90: with blocks of 64 bytes in groups of one, 1 and 2 groups.
+BLOCKS = BlockDigests(64, 1, ("d" * 64,), ("e" * 64, "f" * 64))
+WITH_BLOCKS = replace(MANIFEST, blocks=BLOCKS)
 
-def signed(**changes):
+
+def signed(manifest=MANIFEST, **changes):
     """A stored manifest with some fields changed and a digest that fits."""
-    body = {key: value for key, value in {**MANIFEST.to_json(), **changes}.items() if key != "digest"}
+    body = {key: value for key, value in {**manifest.to_json(), **changes}.items() if key != "digest"}
     return {**body, "digest": fingerprint(body)}
 
 
-def test_what_was_written_is_read(tmp_path):
-    path = write_manifest(tmp_path / "set", MANIFEST)
+def blocks_with(**changes):
+    return signed(WITH_BLOCKS, blocks={**WITH_BLOCKS.to_json()["blocks"], **changes})
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, WITH_BLOCKS], ids=["version 1", "version 2"])
+def test_what_was_written_is_read(tmp_path, manifest):
+    path = write_manifest(tmp_path / "set", manifest)
     assert path == tmp_path / "set.json"
-    assert read_manifest(tmp_path / "set") == MANIFEST
+    assert read_manifest(tmp_path / "set") == manifest
+
+
+def test_a_manifest_without_digests_of_blocks_is_the_one_of_version_1():
+    stored = MANIFEST.to_json()
+    assert stored["version"] == 1 and "blocks" not in stored
+    assert stored["digest"] == "16ac66968534cca2b4b8b008d0c893423daaaf1bcef170a7c813393452b04521"
+    assert WITH_BLOCKS.to_json()["version"] == 2
+
+
+def test_digests_of_blocks_do_not_enter_the_fingerprint():
+    """The order of samples follows from it."""
+    assert WITH_BLOCKS.fingerprint == MANIFEST.fingerprint
 
 
 def test_fingerprint_is_of_the_content_and_golden():
@@ -84,7 +106,7 @@ def test_describes_a_dataset(tmp_path):
     [
         ({**MANIFEST.to_json(), "tokens": 8}, "digest"),
         ({**MANIFEST.to_json(), "digest": None}, "digest"),
-        (signed(version=2), "format version 2, where only 1 is known"),
+        (signed(version=3), "format version 3, where only 1 to 2 are known"),
         (signed(format="other"), "format"),
         ([], "format"),
         (signed(extra=1), "exactly the fields"),
@@ -101,6 +123,21 @@ def test_describes_a_dataset(tmp_path):
         (signed(dtype="float32"), "dtype"),
         (signed(bin_digest="A" * 64), "64 hexadecimal"),
         (signed(tokenizer={**MANIFEST.to_json()["tokenizer"], "eod": 100}), "outside the vocabulary"),
+        (signed(blocks=None), "exactly the fields"),
+        (signed(WITH_BLOCKS, version=1), "exactly the fields"),
+        (signed(WITH_BLOCKS, version=True), "format version True"),
+        (signed(WITH_BLOCKS, blocks=None), "two lists"),
+        (signed(WITH_BLOCKS, tokens=64), "1 digests of groups for a .bin of 128 bytes, not 2"),
+        (blocks_with(bin_groups=[]), "0 digests of groups for a .bin"),
+        (blocks_with(idx_groups=["e" * 64]), "1 digests of groups for a .idx of 90 bytes, not 2"),
+        (blocks_with(idx_groups=["e" * 64, 5]), "two lists"),
+        (blocks_with(idx_groups=["e" * 64, "g" * 64]), "64 hexadecimal"),
+        (blocks_with(block_bytes=0), "not usable"),
+        (blocks_with(block_bytes=65), "not usable"),
+        (blocks_with(block_bytes=1 << 40), "not usable"),
+        (blocks_with(group_blocks=0), "not usable"),
+        (blocks_with(group_blocks="1"), "not of the right type"),
+        (blocks_with(more=1), "exactly the fields"),
     ],
 )
 def test_a_wrong_manifest_is_refused_with_its_name_and_the_mend(tmp_path, stored, words):
@@ -127,11 +164,11 @@ def test_a_missing_manifest_is_named(tmp_path):
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), flipped=st.integers(1, 255))
 def test_no_changed_byte_changes_what_is_read(tmp_path, place, flipped):
-    content = bytearray(write_manifest(tmp_path / "set", MANIFEST).read_bytes())
+    content = bytearray(write_manifest(tmp_path / "set", WITH_BLOCKS).read_bytes())
     content[int(place * len(content))] ^= flipped
     (tmp_path / "set.json").write_bytes(content)
     with contextlib.suppress(InputError):
-        assert read_manifest(tmp_path / "set") == MANIFEST  # white space for white space
+        assert read_manifest(tmp_path / "set") == WITH_BLOCKS  # white space for white space
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "..", "-a", "a\n", "é", "x" * 129])

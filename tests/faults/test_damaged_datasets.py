@@ -1,7 +1,9 @@
-"""Damaged ``.idx``/``.bin`` pairs: each is refused, by the structure or by the digests, and none is read as other text.
+"""Damaged ``.idx``, ``.bin`` and ``.blocks``: refused by the structure or by the digests, and none read as other text.
 
-Ten ways to damage an index and four to damage the tokens. The mutants run in a process of their own, so that a read
-outside a mapping, which the system answers with a signal, is seen as such.
+Ten ways to damage an index, four to damage the tokens and four to damage the digests of blocks. Each mutant is opened
+as a small dataset, all of which is read, and as a large one, of which samples are: what is accepted then is read at
+random places, where its entries are checked as they are used. The mutants run in a process of their own, so that a
+read outside a mapping, which the system answers with a signal, is seen as such.
 """
 
 import itertools
@@ -11,6 +13,7 @@ import random
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +22,15 @@ import pytest
 from counts import count, record, seed
 from distributed_harness import processes
 
-from megalrps.data.increment import open_increment
-from megalrps.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
-from megalrps.data.manifest import TokenizerIdentity, describe_dataset, write_manifest
+from megalrps.data.increment import OpeningChecks, open_increment
+from megalrps.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, blocks_path, idx_path
+from megalrps.data.manifest import TokenizerIdentity, describe_written, write_manifest
+from megalrps.data.windows import IndexDamagedError, TokenOutsideError
 from megalrps.errors import InputError
 
 MUTANTS = count("F11", small=600, full=20_000)
+PATHS = (idx_path, bin_path, blocks_path)
+ALL_SAMPLED = OpeningChecks(whole_bytes=0, sampled_blocks=10**6)
 HEADER, COUNTS = 34, (18, 26)
 EXTREMES = (0, -1, 1, 2**31 - 1, -(2**31), 2**32, 2**53, 2**61, 2**62, 2**63 - 1, -(2**63))
 
@@ -35,6 +41,7 @@ class Dataset:
 
     index: bytes
     content: bytes
+    blocks: bytes
     lengths: tuple[int, ...]
     documents: tuple[int, ...]
     token_bytes: int
@@ -146,6 +153,30 @@ def files_of_another(chance: random.Random, whole: Dataset, other: Dataset) -> t
     return chance.choice(pairs)
 
 
+def blocks_changed(chance: random.Random, whole: Dataset, other: Dataset) -> bytes:
+    blocks = bytearray(whole.blocks)
+    blocks[chance.randrange(len(blocks))] ^= 1 << chance.randrange(8)
+    return bytes(blocks)
+
+
+def blocks_cut(chance: random.Random, whole: Dataset, other: Dataset) -> bytes:
+    return whole.blocks[: chance.randrange(len(whole.blocks))]
+
+
+def blocks_swapped(chance: random.Random, whole: Dataset, other: Dataset) -> bytes:
+    """Two digests change places, or one more stands at the end."""
+    leaves = [whole.blocks[at : at + 32] for at in range(32, len(whole.blocks), 32)]
+    first, second = chance.sample(range(len(leaves)), 2)
+    leaves[first], leaves[second] = leaves[second], leaves[first]
+    return whole.blocks[:32] + b"".join(leaves + leaves[: chance.randrange(2)])
+
+
+def blocks_of_another(chance: random.Random, whole: Dataset, other: Dataset) -> bytes:
+    return chance.choice((other.blocks, whole.blocks[:32] + (other.blocks[32:] * 9)[: len(whole.blocks) - 32]))
+
+
+LeafMutator = Callable[[random.Random, Dataset, Dataset], bytes]
+LEAF_MUTATORS: tuple[LeafMutator, ...] = (blocks_changed, blocks_cut, blocks_swapped, blocks_of_another)
 Mutator = Callable[[random.Random, Dataset, Dataset], tuple[bytes, bytes]]
 MUTATORS: tuple[Mutator, ...] = (
     changed_bytes,
@@ -172,26 +203,19 @@ def make_datasets(folder: Path) -> list[Dataset]:
         chance = random.Random(number)
         highest = int(np.iinfo(dtype).max)
         prefix = folder / str(number)
-        with IndexedDatasetWriter(prefix, dtype) as writer:
+        with IndexedDatasetWriter(prefix, dtype, block_bytes=64, group_blocks=2) as writer:
             for _ in range(6 + 2 * number):
                 lengths = [chance.randint(1, 9) for _ in range(chance.randint(0, 3))]
                 writer.add_document(np.array([chance.randint(0, highest) for _ in range(sum(lengths))], int), lengths)
         identity = TokenizerIdentity("SentencePieceTokenizer", highest + 1, 2, "0" * 64)
-        manifest = describe_dataset(
-            prefix, name=str(number), tokenizer=identity, text_bytes=9, append_eod=False, sources=()
+        manifest = describe_written(
+            writer, name=str(number), tokenizer=identity, text_bytes=9, append_eod=False, sources=()
         )
         write_manifest(prefix, manifest)
-        opened = open_increment(prefix, verify=True).dataset
+        opened = open_increment(prefix, verify=True, checks=ALL_SAMPLED).dataset
         lengths_, documents = opened.sequence_lengths.tolist(), opened.document_indices.tolist()
-        datasets.append(
-            Dataset(
-                idx_path(prefix).read_bytes(),
-                bin_path(prefix).read_bytes(),
-                tuple(lengths_),
-                tuple(documents),
-                opened.dtype.itemsize,
-            )
-        )
+        files = (path_of(prefix).read_bytes() for path_of in PATHS)
+        datasets.append(Dataset(*files, tuple(lengths_), tuple(documents), opened.dtype.itemsize))
         assert datasets[-1].rebuilt(lengths_, documents) == datasets[-1].index
     return datasets
 
@@ -223,23 +247,50 @@ def read_everything(prefix: Path) -> None:
     assert all(first <= last for first, last in itertools.pairwise(bounds))
 
 
-def outcome_of(prefix: Path, whole: Dataset, mutant: tuple[bytes, bytes]) -> str:
+def read_lazily(open_it: Callable[[], IndexedDataset], chance: random.Random) -> None:
+    """Open a mutant of which little is checked and read at random: our own errors, or what the files hold."""
+    try:
+        dataset = open_it()
+    except InputError:
+        return
+    stored = dataset.tokens
+    starts = np.array([chance.randint(0, stored.size) for _ in range(8)], np.int64)
+    length = chance.randint(1, 20)
+    starts = starts[starts <= stored.size - length]
+    with suppress(TokenOutsideError):
+        expected = [stored[start : start + length].tolist() for start in starts.tolist()]
+        assert dataset.gather(starts, length).tolist() == expected, "a window that is not what the file holds"
+    with suppress(IndexDamagedError):
+        places = dataset.document_starts(starts, length)
+        assert places.shape == (len(starts), length)
+        assert ((places >= 0) & (places <= np.arange(length))).all(), "a document that begins after its tokens"
+    for sequence in range(len(dataset)):
+        with suppress(InputError):
+            assert len(dataset[sequence]) == int(dataset.sequence_lengths[sequence]), "a view that was clipped"
+
+
+def outcome_of(prefix: Path, whole: Dataset, mutant: tuple[bytes, ...], chance: random.Random) -> str:
     """``structure`` or ``digest``: what refused the mutant; ``silent``, and why, where what must refuse it did not."""
-    index, content = mutant
-    for path, damaged in ((idx_path(prefix), index), (bin_path(prefix), content)):
+    paths = [path_of(prefix) for path_of in PATHS]
+    for path, damaged in zip(paths, mutant, strict=True):
         path.unlink()  # a new file: to cut one short that was just written makes some file systems flush it
         path.write_bytes(damaged)
+    read_lazily(lambda: IndexedDataset(prefix, checked_bytes=0), chance)
+    one_block = OpeningChecks(whole_bytes=0, sampled_blocks=1, draw=chance.getrandbits(32))
+    read_lazily(lambda: open_increment(prefix, checks=one_block).dataset, chance)
+    if refusal(lambda: open_increment(prefix, checks=ALL_SAMPLED)) is None:
+        return "silent: opened with all blocks compared"
     words = refusal(lambda: read_everything(prefix))
-    names = (str(idx_path(prefix)), str(bin_path(prefix)))
+    names = tuple(map(str, paths))
     if words is not None:
         return "structure" if words.startswith(names) and "\n" not in words else f"silent: names no file: {words}"
-    same = (index == whole.index, content == whole.content)
-    names_changed = tuple(name for name, unchanged in zip(names, same, strict=True) if not unchanged)
+    sound = (whole.index, whole.content, whole.blocks)
+    names_changed = tuple(name for name, *both in zip(names, mutant, sound, strict=True) if both[0] != both[1])
     words = refusal(lambda: open_increment(prefix, verify=True))
     if words is None:
         return "silent: opened with its digests verified"
-    if index != whole.index and refusal(lambda: open_increment(prefix)) is None:
-        return "silent: a changed index opened"
+    if mutant[:2] != sound[:2] and refusal(lambda: open_increment(prefix)) is None:
+        return "silent: a changed small dataset opened"
     # A count that the manifest contradicts is told of the manifest.
     if not words.startswith((*names_changed, f"{prefix}.json")):
         return f"silent: names no changed file: {words}"
@@ -248,28 +299,33 @@ def outcome_of(prefix: Path, whole: Dataset, mutant: tuple[bytes, bytes]) -> str
 
 def mutants(
     datasets: list[Dataset], numbers: range, chosen_seed: int
-) -> Iterator[tuple[int, str, int, tuple[bytes, bytes]]]:
-    """Number, mutator, dataset and bytes of each mutant; a number gives the same mutant whatever came before it."""
+) -> Iterator[tuple[int, str, int, tuple[bytes, ...], random.Random]]:
+    """Number, mutator, dataset, bytes and chance of each mutant; a number gives the same whatever came before it."""
+    all_mutators = (*MUTATORS, *LEAF_MUTATORS)
     for number in numbers:
         chance = random.Random(f"{chosen_seed} {number}")
-        mutator = MUTATORS[number % len(MUTATORS)]
+        kind = number % len(all_mutators)
         place, other = chance.sample(range(len(datasets)), 2)
         whole = datasets[place]
-        mutant = (whole.index, whole.content)
-        while mutant == (whole.index, whole.content):
-            mutant = mutator(chance, whole, datasets[other])
-        yield number, mutator.__name__, place, mutant
+        mutant = sound = (whole.index, whole.content, whole.blocks)
+        while mutant == sound:
+            if kind < len(MUTATORS):
+                mutant = (*MUTATORS[kind](chance, whole, datasets[other]), whole.blocks)
+            else:
+                leaves = LEAF_MUTATORS[kind - len(MUTATORS)](chance, whole, datasets[other])
+                mutant = (whole.index, whole.content, leaves)
+        yield number, all_mutators[kind].__name__, place, mutant, chance
 
 
 def try_mutants(folder: Path, total: int, chosen_seed: int) -> None:
     """The process of its own: the outcomes by mutator as JSON, and always the number of the mutant in hand."""
     datasets = make_datasets(folder)
-    outcomes: dict[str, Counter[str]] = {mutator.__name__: Counter() for mutator in MUTATORS}
+    outcomes: dict[str, Counter[str]] = {mutator.__name__: Counter() for mutator in (*MUTATORS, *LEAF_MUTATORS)}
     in_hand = os.open(folder / "in_hand", os.O_WRONLY | os.O_CREAT)
-    for number, name, place, mutant in mutants(datasets, range(total), chosen_seed):
+    for number, name, place, mutant, chance in mutants(datasets, range(total), chosen_seed):
         os.pwrite(in_hand, f"{number:9d} {name:20}".encode(), 0)
         try:
-            outcome = outcome_of(folder / str(place), datasets[place], mutant)
+            outcome = outcome_of(folder / str(place), datasets[place], mutant, chance)
         except Exception as error:
             outcome = f"other: {error!r}"
         failed = outcome.startswith(("silent", "other"))
@@ -304,5 +360,5 @@ def test_every_damaged_pair_is_refused(tmp_path: Path) -> None:
     assert not failed, f"seed {seed()}: {dict(itertools.islice(failed.items(), 5))}"
     assert totals.total() == MUTANTS
     # What only the digests see must be among the mutants, or they were not tested.
-    for name in ("changed_document", "moved_boundaries", "tokens_changed", "files_of_another"):
+    for name in ("changed_document", "moved_boundaries", "tokens_changed", "files_of_another", "blocks_swapped"):
         assert outcomes[name].get("digest", 0) > 0, f"no mutant of {name} was left to the digests"

@@ -56,6 +56,9 @@ def test_an_adopted_dataset_opens_as_an_increment(tmp_path: Path, tokenizer: Pat
     manifest = open_increment(prefix, verify=True).manifest
     assert (manifest.name, manifest.tokens, manifest.documents, manifest.text_bytes) == ("2023", 6, 2, 21)
     assert manifest.append_eod and manifest.sources == ("a.jsonl",)
+    assert manifest.blocks is not None and sorted(path.suffix for path in tmp_path.iterdir()) == [
+        ".bin", ".blocks", ".idx", ".json",
+    ]  # fmt: skip
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
 
 
