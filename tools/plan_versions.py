@@ -42,13 +42,16 @@ class Arguments:
 
 
 def summary(plan: Plan, increments: tuple[Increment, ...], options: PlanOptions) -> dict[str, Any]:
-    """The object of ``--json``: steps throughout, except ``relative_cost`` (1 = every version from scratch)."""
+    """The object of ``--json``: steps throughout, except ``relative_cost`` (1 = every version from scratch) and, where
+    something is replayed, ``replay`` (by version, the exact fraction of its batches)."""
     costs = cost_steps_by_paradigm(increments, options)
+    replays = [path.windows[-1].replay for path in plan.releases]
     return {
         "paradigm": plan.paradigm,
         "forks": [path.start for path in plan.branches],
         "ends": [path.end for path in plan.releases],
         "branch_steps": [path.end - path.start for path in plan.branches],
+        **({"replay": [replay.fraction if replay else "0" for replay in replays]} if any(replays) else {}),
         "warmup_steps": warmup_steps(increments, options),
         "cost_steps": cost_steps(plan),
         "cost_steps_by_paradigm": costs,

@@ -28,9 +28,10 @@ def cost_steps_by_paradigm(increments: tuple[Increment, ...], options: PlanOptio
     """Updates that each registered paradigm needs for these increments.
 
     Learning rates cost nothing, so the trees are planned without a warm-up and with a decay that any rates allow: a
-    warm-up that fits the main path but not some increment does not keep the others from being compared.
+    warm-up that fits the main path but not some increment does not keep the others from being compared. Nor does what
+    is replayed, which from scratch does not have.
     """
-    rateless = replace(options, lr_decay_style="linear", lr_warmup_iters=0)
+    rateless = replace(options, lr_decay_style="linear", lr_warmup_iters=0, replay=())
     return {name: cost_steps(build_plan(increments, replace(rateless, paradigm=name))) for name in PARADIGMS}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megalrps.exact import percent
 from megalrps.paths.canvas import Canvas, rate_text, step_columns
 from megalrps.paths.chart import maximal_rate
 from megalrps.paths.cost import cost_steps_by_version, relative_cost
@@ -106,7 +107,9 @@ def version_table(plan: Plan) -> str:
         rates = f"{rate_text(maximal_rate(path))} → {rate_text(path.curve(path.end))}"
         parent = path.parent.path if path.parent else "random init"
         steps = (f"{step:,}" for step in (path.start, path.end, path.end - path.start))
-        rows.append((path.release or "", increment.name, parent, *steps, rates, f"{costs[path.release or '']:,}"))
+        replay = path.windows[-1].replay
+        data = f"{increment.name} + {percent(replay.share)} replay" if replay else increment.name
+        rows.append((path.release or "", data, parent, *steps, rates, f"{costs[path.release or '']:,}"))
     return _table(rows, left_aligned=3)
 
 

@@ -4,9 +4,11 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from megalrps.errors import InputError
+from megalrps.exact import LARGEST_PERIOD, exact_share
 from megalrps.paths.plan import Increment
 from megalrps.paths.schedules import DECAY_STYLES
 
@@ -26,6 +28,9 @@ class PlanOptions:
 
     increment_steps: tuple[int, ...] = ()
     """Optimizer steps of each data increment, oldest first; one version is released for each."""
+
+    replay: tuple[str, ...] = ()
+    """Fraction of every batch drawn from all older increments, exact, in [0, 1): one for all, or one per increment."""
 
     lr: float = 3e-4
     """Maximal learning rate."""
@@ -71,6 +76,7 @@ def check_options(increments: tuple[Increment, ...], options: PlanOptions) -> No
     """Raise InputError, naming the flag, for increments and options that are wrong whatever the paradigm."""
     _check_increments(increments)
     _check_alpha(len(increments), options)
+    replay_shares(len(increments), options)
     if options.lr_decay_style not in DECAY_STYLES:
         raise unknown_choice("--lr-decay-style", options.lr_decay_style, DECAY_STYLES)
     if options.branch_optimizer not in ("carry", "reset"):
@@ -107,6 +113,40 @@ def _check_alpha(versions: int, options: PlanOptions) -> None:
             raise InputError(
                 f"--alpha {alpha:g} must lie in (0, 1]: the fraction of an increment its branch decays over"
             )
+
+
+def replay_shares(increments: int, options: PlanOptions) -> tuple[Fraction, ...]:
+    """By increment, the fraction of its batches that is drawn from the older ones; none of the first one's.
+
+    Raises InputError for a --replay that is no such fraction, or has not one value for all or one for each.
+    """
+    if not options.replay:
+        return (Fraction(0),) * increments
+    shares = tuple(_replay_share(text) for text in options.replay)
+    if len(shares) == 1:
+        return (Fraction(0), *shares * (increments - 1))
+    if len(shares) < increments:
+        raise InputError(
+            f"--replay has {len(shares)} values for {increments} increments: give one for all, or one for each, the "
+            "first of them 0"
+        )
+    if shares[0] != 0:
+        raise InputError(
+            f"--replay {options.replay[0]} of the first increment: it has no older ones to replay; give 0 for it"
+        )
+    return shares[:increments]  # values may be given ahead for increments to come
+
+
+def _replay_share(text: str) -> Fraction:
+    try:
+        share = exact_share(text)
+    except ValueError as error:
+        raise InputError(f"--replay {error}") from None
+    if not share < 1:
+        raise InputError(f"--replay {text} must lie in [0, 1): the fraction of every batch that is replayed")
+    if share.denominator > LARGEST_PERIOD:
+        raise InputError(f"--replay {text}: a denominator beyond {LARGEST_PERIOD:,}; round it to at most 6 decimals")
+    return share
 
 
 def branch_steps(increments: tuple[Increment, ...], options: PlanOptions) -> tuple[int, ...]:

@@ -12,8 +12,15 @@ from types import MappingProxyType
 
 from megalrps.errors import InputError
 from megalrps.paths.curves import Curve, Piece
-from megalrps.paths.options import PlanOptions, branch_steps, check_options, unknown_choice, warmup_steps
-from megalrps.paths.plan import Fork, Increment, Leg, Path, Plan, Window
+from megalrps.paths.options import (
+    PlanOptions,
+    branch_steps,
+    check_options,
+    replay_shares,
+    unknown_choice,
+    warmup_steps,
+)
+from megalrps.paths.plan import Fork, Increment, Leg, Path, Plan, Replay, Window
 from megalrps.paths.schedules import decay_pieces, full_pieces, warmup_pieces
 
 MAIN = "main"
@@ -46,16 +53,23 @@ class Version:
 def versions_of(increments: tuple[Increment, ...], options: PlanOptions) -> tuple[Version, ...]:
     """The versions v1..vN with their forks F_i and ends E_i; InputError for an increment too short for its branch."""
     ends = accumulate(increment.steps for increment in increments)
-    return tuple(
-        Version(f"v{i}", end - decay, end, Window(end - increment.steps, end, (increment.name,)))
-        for i, (increment, end, decay) in enumerate(
-            zip(increments, ends, branch_steps(increments, options), strict=True), start=1
-        )
-    )
+    names = tuple(increment.name for increment in increments)
+    shares = replay_shares(len(increments), options)
+    versions = []
+    for i, (end, decay) in enumerate(zip(ends, branch_steps(increments, options), strict=True)):
+        replay = Replay(names[:i], str(shares[i])) if shares[i] else None
+        window = Window(end - increments[i].steps, end, names[i : i + 1], replay)
+        versions.append(Version(f"v{i + 1}", end - decay, end, window))
+    return tuple(versions)
 
 
 def ptfs(increments: tuple[Increment, ...], options: PlanOptions) -> Plan:
     """Pre-training from scratch: every version is trained anew, on all the data so far, over one full schedule."""
+    if any(replay_shares(len(increments), options)):
+        raise InputError(
+            "--replay is not for --paradigm ptfs: every version draws from all increments up to its own already; "
+            "leave it out"
+        )
     warmup = warmup_steps(increments, options)
     names = tuple(increment.name for increment in increments)
     paths = [

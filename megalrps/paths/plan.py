@@ -7,6 +7,7 @@ included.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Self
@@ -43,20 +44,49 @@ class Fork:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Steps start < t <= end draw their samples from the union of these increments.
+class Replay:
+    """The part of a window's samples that is drawn from the union of older increments, beside the window's own."""
 
-    Sample k of update t has the index (t - 1 - start) * global_batch_size + k in the union, whichever path asks: two
+    increments: tuple[str, ...]
+    fraction: str
+    """Of every prefix of the samples, to less than one: exact, in lowest terms, as ``1/20``."""
+
+    @property
+    def share(self) -> Fraction:
+        """``fraction`` as a number."""
+        return Fraction(self.fraction)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps start < t <= end draw their samples from the union of these increments, and from older ones by ``replay``.
+
+    Sample k of update t has the index (t - 1 - start) * global_batch_size + k in that stream, whichever path asks: two
     paths that hold the same window see the same samples at the same steps. A window may begin before its path does.
     """
 
     start: int
     end: int
     increments: tuple[str, ...]
+    replay: Replay | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, as JSON values."""
-        return {"start": self.start, "end": self.end, "increments": list(self.increments)}
+        """The fields by name, as JSON values; ``replay`` only where there is one, as windows had none at first."""
+        fields: dict[str, Any] = {"start": self.start, "end": self.end, "increments": list(self.increments)}
+        if self.replay is not None:
+            fields["replay"] = {"increments": list(self.replay.increments), "fraction": self.replay.fraction}
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`; KeyError, TypeError or ValueError for what is no window."""
+        replay = fields.get("replay")
+        return cls(
+            fields["start"],
+            fields["end"],
+            tuple(fields["increments"]),
+            Replay(tuple(replay["increments"]), replay["fraction"]) if replay is not None else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -276,11 +306,10 @@ def _path_to_json(path: Path) -> dict[str, Any]:
 
 def _path_from_json(fields: dict[str, Any]) -> Path:
     parent = fields["parent"]
-    windows = (Window(w["start"], w["end"], tuple(w["increments"])) for w in fields["windows"])
     read = {
         "parent": Fork(**parent) if parent else None,
         "curve": Curve.from_json(fields["curve"]),
-        "windows": tuple(windows),
+        "windows": tuple(Window.from_json(window) for window in fields["windows"]),
     }
     return Path(**{**fields, **read})
 
@@ -330,6 +359,13 @@ def _check_course(plan: Plan, path: Path) -> None:
     known = {increment.name for increment in plan.increments}
     drawn = all(window.increments and known.issuperset(window.increments) for window in windows)
     _require(drawn, f"path {path.name} draws from increments that the plan does not have")
+    for window in windows:
+        if window.replay is not None:
+            older, share = window.replay.increments, window.replay.share
+            replayed = older and known.issuperset(older) and not set(older) & set(window.increments)
+            _require(bool(replayed), f"path {path.name} replays increments that are not other ones of the plan")
+            exact = 0 < share < 1 and window.replay.fraction == str(share)
+            _require(exact, f"path {path.name} replays {window.replay.fraction!r}, no fraction in lowest terms")
 
 
 def _check_order(plan: Plan) -> None:

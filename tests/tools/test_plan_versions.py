@@ -37,6 +37,14 @@ def test_json_holds_the_golden_figures() -> None:
     }
 
 
+def test_what_is_replayed_is_shown_and_costs_nothing() -> None:
+    replay = (*GOLDEN, "--replay", "0", "0.05", "0", "1/3")
+    printed = json.loads(plan_versions(*replay, "--json").stdout)
+    assert (printed["replay"], printed["cost_steps"]) == (["0", "1/20", "0", "1/3"], 58000)
+    shown = plan_versions(*replay).stdout
+    assert "inc2 + 5 % replay" in shown and "inc4 + 33.3 % replay" in shown and "inc3 +" not in shown
+
+
 @pytest.mark.parametrize(("paradigm", "cost"), [("ptfs", 60), ("cpt", 30)])
 def test_paradigms_without_forks_print_none(paradigm: str, cost: int) -> None:
     printed = json.loads(plan_versions("--paradigm", paradigm, "--increment-steps", "10", "10", "10", "--json").stdout)
