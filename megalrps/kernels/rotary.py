@@ -200,7 +200,7 @@ def compile_cases() -> list[CompileCase]:
     return [
         _case(4, 32, 16, "bf16", None),
         _case(14, 64, 32, "bf16", None),
-        _case(16, 128, 64, "bf16", "i64"),
+        _case(16, 128, 64, "bf16", "i32"),
         _case(8, 128, 64, "fp32", None),
         _case(32, 64, 8, "bf16", None),
     ]

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from megalrps.kernels.documents import Documents
 from megalrps.kernels.rotary import rotary
 from megalrps.model.config import ModelConfig
 from megalrps.model.layers import Layers
@@ -28,19 +29,36 @@ class Attention(nn.Module):
         self._attend = layers.attention
         self._recompute_core = recompute_core
 
-    def forward(self, hidden_BSH: Tensor, cosine_SR: Tensor, sine_SR: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_BSH: Tensor,
+        cosine_SR: Tensor,
+        sine_SR: Tensor,
+        positions_BS: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """``positions_BS``: the tables' row of each token [None: row s]; ``documents``: within which is attended."""
         query, key, value = self._project(hidden_BSH, (self.query, self.key, self.value))
         core = self._core
-        arguments = (query, key, value, cosine_SR, sine_SR)
+        arguments = (query, key, value, cosine_SR, sine_SR, positions_BS, documents)
         attended_BSA = recomputed(core, *arguments) if self._recompute_core else core(*arguments)
         output_BSH: Tensor = self.output(attended_BSA)
         return output_BSH
 
-    def _core(self, query: Tensor, key: Tensor, value: Tensor, cosine_SR: Tensor, sine_SR: Tensor) -> Tensor:
+    def _core(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cosine_SR: Tensor,
+        sine_SR: Tensor,
+        positions_BS: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
         """The heads' attention, [B, S, heads x D], from the outputs of the three maps."""
-        query_BSND = rotary(self._heads(query), cosine_SR, sine_SR)
-        key_BSKD = rotary(self._heads(key), cosine_SR, sine_SR)
-        return self._attend(query_BSND, key_BSKD, self._heads(value)).flatten(-2)
+        query_BSND = rotary(self._heads(query), cosine_SR, sine_SR, positions_BS)
+        key_BSKD = rotary(self._heads(key), cosine_SR, sine_SR, positions_BS)
+        return self._attend(query_BSND, key_BSKD, self._heads(value), documents).flatten(-2)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """Split [B, S, heads x D] into as many heads as this process's slice holds."""

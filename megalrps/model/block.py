@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from megalrps.kernels.documents import Documents
 from megalrps.model.activation_options import ActivationOptions, Part
 from megalrps.model.attention import Attention
 from megalrps.model.config import ModelConfig
@@ -22,9 +23,19 @@ class Block(nn.Module):
         self.feed_forward_norm = layers.norm(config.hidden_size, config.norm_epsilon)
         self.feed_forward = FeedForward(config, layers)
 
-    def forward(self, hidden_BSH: Tensor, cosine_SR: Tensor, sine_SR: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_BSH: Tensor,
+        cosine_SR: Tensor,
+        sine_SR: Tensor,
+        positions_BS: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """The last four as in :meth:`megalrps.model.attention.Attention.forward`."""
         normed_BSH = self._run("layernorm", self.attention_norm, hidden_BSH)
-        hidden_BSH, normed_BSH = self._add_and_norm(self.attention(normed_BSH, cosine_SR, sine_SR), hidden_BSH)
+        hidden_BSH, normed_BSH = self._add_and_norm(
+            self.attention(normed_BSH, cosine_SR, sine_SR, positions_BS, documents), hidden_BSH
+        )
         return hidden_BSH + self._run("mlp", self.feed_forward, normed_BSH)
 
     def _add_and_norm(self, attended_BSH: Tensor, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megalrps.kernels.attention import attention
 from megalrps.kernels.cross_entropy import cross_entropy
+from megalrps.kernels.documents import Documents
 from megalrps.kernels.options import AttentionBackend
 from megalrps.kernels.rms_norm import add_rms_norm, rms_norm
 from megalrps.parallel import tensor
@@ -130,8 +131,10 @@ class Layers(Protocol):
     def head(self, hidden: int, vocabulary: int) -> Head:
         """The untied head; its output may be this process's slice of the vocabulary."""
 
-    def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
-        """Causal attention of the heads this process holds, [B, S, N, D]."""
+    def attention(
+        self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        """Causal attention of the heads this process holds, [B, S, N, D]; within ``documents`` where there are any."""
 
     def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         """Token losses [T] from the head's output. It owns the logits: both passes may overwrite them."""
@@ -168,10 +171,13 @@ class LocalLayers:
     def head(self, hidden: int, vocabulary: int) -> Head:
         return Head(hidden, vocabulary, self.device, self.dtype)
 
-    def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
+    def attention(
+        self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, documents: Documents | None = None
+    ) -> Tensor:
         if self.context is not None:
+            assert documents is None, "Config.check refuses documents in sequences that are cut"
             return self.context.attention(query_BSND, key_BSKD, value_BSKD)
-        return attention(query_BSND, key_BSKD, value_BSKD, backend=self.attention_backend)
+        return attention(query_BSND, key_BSKD, value_BSKD, documents=documents, backend=self.attention_backend)
 
     def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         return cross_entropy(logits_TV, labels_T, overwrite_logits=True)

@@ -10,13 +10,14 @@ under ``--cross-entropy-fusion-impl linear`` (:mod:`megalrps.parallel.linear_los
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from megalrps.kernels.documents import Documents
 from megalrps.model.activation_options import ActivationOptions
 
 Treatment = Literal["kept", "recomputed", "offloaded"]
@@ -42,14 +43,23 @@ def units(layers: int, options: ActivationOptions) -> list[Unit]:
 
 
 def run_layers(
-    blocks: Sequence[nn.Module], options: ActivationOptions, hidden_BSH: Tensor, cosine_SR: Tensor, sine_SR: Tensor
+    blocks: Sequence[nn.Module],
+    options: ActivationOptions,
+    hidden_BSH: Tensor,
+    cosine_SR: Tensor,
+    sine_SR: Tensor,
+    positions_BS: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
-    """``hidden_BSH`` after the ``blocks``, whose activations are treated as the ``options`` say."""
+    """``hidden_BSH`` after the ``blocks``, whose activations are treated as the ``options`` say.
+
+    The last four go to every block: see :meth:`megalrps.model.attention.Attention.forward`.
+    """
     for first, end, treatment in units(len(blocks), options):
 
         def layers(hidden_BSH: Tensor, run: Sequence[nn.Module] = blocks[first:end]) -> Tensor:
             for block in run:
-                hidden_BSH = block(hidden_BSH, cosine_SR, sine_SR)
+                hidden_BSH = block(hidden_BSH, cosine_SR, sine_SR, positions_BS, documents)
             return hidden_BSH
 
         if treatment == "recomputed":
@@ -62,7 +72,7 @@ def run_layers(
     return hidden_BSH
 
 
-def recomputed(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """``function(*arguments)``, of which only the arguments are kept for the backward pass.
 
     The backward pass repeats it up to the last tensor that it needs, under the autocast of the forward pass; torch

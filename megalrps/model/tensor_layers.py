@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megalrps.kernels.attention import attention
+from megalrps.kernels.documents import Documents
 from megalrps.kernels.options import AttentionBackend
 from megalrps.model.layers import Embedding, Head, Linear, RMSNorm
 from megalrps.parallel import tensor
@@ -93,10 +94,13 @@ class TensorLayers:
     def head(self, hidden: int, vocabulary: int) -> Head:
         return Head(hidden, _share(vocabulary, self._size), self.device, self.dtype, self.ranks)
 
-    def attention(self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
+    def attention(
+        self, query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, documents: Documents | None = None
+    ) -> Tensor:
         if self.context is not None:
+            assert documents is None, "Config.check refuses documents in sequences that are cut"
             return self.context.attention(query_BSND, key_BSKD, value_BSKD)
-        return attention(query_BSND, key_BSKD, value_BSKD, backend=self.attention_backend)
+        return attention(query_BSND, key_BSKD, value_BSKD, documents=documents, backend=self.attention_backend)
 
     def cross_entropy(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         return cross_entropy_(logits_TV, labels_T, self.ranks.group)

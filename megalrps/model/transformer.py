@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megalrps.kernels.documents import Documents
 from megalrps.kernels.rotary import rotary_tables
 from megalrps.model.activation_options import ActivationOptions
 from megalrps.model.block import Block
@@ -69,24 +70,25 @@ class Transformer(nn.Module):
         self._cross_entropy = layers.cross_entropy
         self._activations = activations
 
-    def forward(self, inputs: Tensor, positions_S: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
         """Logits [B, S, V] from a stage with the head, hidden states [B, S, H] from any other, whatever the options.
 
         ``inputs`` are tokens [B, S] for a stage with the embedding, hidden states [B, S, H] for any other.
-        ``positions_S`` are the tokens' places in their sequence: 0 to S-1 unless a layout that cuts the sequence says
-        otherwise.
+        ``positions`` are the tokens' places in their sequence, [S]: 0 to S-1 unless a layout that cuts the sequence
+        says otherwise; or [B, S], below S, where they begin anew in it. Attention is within the ``documents``, if any.
         """
-        hidden_BSH = self._hidden(inputs, positions_S)
+        hidden_BSH = self._hidden(inputs, positions, documents)
         return self._logits(hidden_BSH) if self.has_head else hidden_BSH
 
-    def output(self, inputs: Tensor, positions_S: Tensor | None = None) -> Tensor:
+    def output(self, inputs: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
         """What the next stage takes, or of a stage with the head :meth:`loss_of_output`; arguments as :meth:`forward`.
 
         That is :meth:`forward`'s, unless the options have the logits made with the loss: then a stage with the head
         gives the hidden states [B, S, H] after its norm.
         """
         linear = self._activations.cross_entropy_fusion_impl == "linear"
-        return self._hidden(inputs, positions_S) if linear else self(inputs, positions_S)
+        output: Tensor = (self._hidden if linear else self)(inputs, positions, documents)
+        return output
 
     def loss(self, inputs: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None = None) -> SummedLoss:
         """Summed loss of predicting ``labels_BS`` from ``inputs`` (see :meth:`forward`); for a stage with the head."""
@@ -111,13 +113,16 @@ class Transformer(nn.Module):
         losses_T = self._cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
         return _summed(losses_T, labels_BS, loss_mask_BS)
 
-    def _hidden(self, inputs: Tensor, positions_S: Tensor | None) -> Tensor:
+    def _hidden(self, inputs: Tensor, positions: Tensor | None, documents: Documents | None) -> Tensor:
         """Hidden states [B, S, H] after this stage's layers and, where it has the head, the norm before that."""
-        if positions_S is None:
-            positions_S = torch.arange(inputs.shape[1], device=inputs.device)
-        cosine_SR, sine_SR = rotary_tables(positions_S, self.config.head_size, self.config.rotary_base)
+        positions_BS = positions if positions is not None and positions.dim() == 2 else None
+        if positions is None or positions_BS is not None:
+            length = inputs.shape[1] if positions is None else positions.shape[1]
+            positions = torch.arange(length, device=inputs.device)
+        tables = rotary_tables(positions, self.config.head_size, self.config.rotary_base)
         hidden_BSH = self.embedding(inputs) if self.has_embedding else inputs
-        hidden_BSH = run_layers(list(self.layers.values()), self._activations, hidden_BSH, cosine_SR, sine_SR)
+        blocks = list(self.layers.values())
+        hidden_BSH = run_layers(blocks, self._activations, hidden_BSH, *tables, positions_BS, documents)
         return self.final_norm(hidden_BSH) if self.has_head else hidden_BSH
 
     def _logits(self, hidden_BSH: Tensor) -> Tensor:

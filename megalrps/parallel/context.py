@@ -57,8 +57,8 @@ class ContextParallel:
         """Causal attention of this rank's tokens to the whole sequence, [B, S, N, D]; collective, backwards too.
 
         S are this rank's positions, in the order of :func:`sequence_positions`, and rotated by them. N and K are the
-        heads this rank holds. Attention spans the whole window, across the documents in it, as everywhere else: keys
-        lie in the order of the sequence here, so that ends of documents would be passed on to the kernel as they are.
+        heads this rank holds. Attention spans the whole window, across the documents in it: within documents is for
+        whole sequences alone.
         """
         if self.group.size == 1:
             return attention(query_BSND, key_BSKD, value_BSKD, backend=self.backend)

@@ -9,9 +9,12 @@ What is handed to it is decided here, for reasons that were measured:
   it is not left to split autograd's graph, which knows neither hooks nor functions that accumulate by themselves and
   runs every exchange of a tensor-parallel map twice. The maps put their products aside in a queue, and the engine takes
   them from there.
+* What a stage is told of a micro-batch beside its input is not given to the engine. It would take tensors by name and
+  cut them, and then count them among the inputs whose gradients go to the stage before, differently in each version.
+  Each stage meets its micro-batches in the order of the schedule, so it finds what belongs to each by counting.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,8 +46,9 @@ class Pipeline:
     """The stages of this rank, under one schedule.
 
     ``stages`` are those that the schedule places on this rank of ``group``, by index; the first takes tokens
-    [B, S], every other one what ``exchanged`` describes, and the last gives what ``loss`` takes with the labels. Every
-    rank of the group makes its own, and all call :meth:`step` together.
+    [B, S], every other one what ``exchanged`` describes, and the last gives what ``loss`` takes with the labels. What
+    :meth:`step` is to tell them of a micro-batch they take besides. Every rank of the group makes its own, and all call
+    :meth:`step` together.
     """
 
     def __init__(
@@ -66,23 +70,51 @@ class Pipeline:
         queue.deferring = SCHEDULES[schedule.name].splits_backward
         take = queue.take if queue.deferring else None
         first = torch.empty(tokens, dtype=torch.int64, device="meta")
+        self._stages = {index: _ToldStage(stages[index], _met(schedule, group.rank, index)) for index in sorted(stages)}
         built = [
             _stage(module, index, schedule, group, first if index == 0 else exchanged.example(), exchanged, take)
-            for index, module in sorted(stages.items())
+            for index, module in self._stages.items()
         ]
         self._engine = _engine(schedule, built, loss)
 
-    def step(self, tokens_BS: Tensor, labels_BS: Tensor) -> list[Tensor]:
+    def step(self, tokens_BS: Tensor, labels_BS: Tensor, told: Sequence[Any]) -> list[Tensor]:
         """The passes of all micro-batches, forwards and backwards; gradients are added where the parameters keep them.
 
-        Both are all of this rank's samples [B, S], which are cut into the schedule's micro-batches. Returns the losses
-        of the micro-batches on the rank of the last stage, and nothing elsewhere.
+        Both are all of this rank's samples [B, S], which are cut into the schedule's micro-batches. ``told``, one for
+        each of those, is the second argument of every stage's pass of it. Returns the losses of the micro-batches on
+        the rank of the last stage, and nothing elsewhere.
         """
+        assert len(told) == self.schedule.micro_batches
+        for stage in self._stages.values():
+            stage.tell(told)
         losses: list[Tensor] = []
         inputs = (tokens_BS,) if self._holds_first else ()
         target = labels_BS if self._holds_last else None
         self._engine.step(*inputs, target=target, losses=losses if self._holds_last else None, return_outputs=False)
         return losses
+
+
+class _ToldStage(nn.Module):
+    """A stage as the engine calls it: with its input alone. ``order``: the micro-batches in which it does so."""
+
+    def __init__(self, stage: nn.Module, order: Sequence[int]) -> None:
+        super().__init__()
+        self.stage = stage
+        self._order = order
+        self._told: Iterator[Any] = iter(())
+
+    def tell(self, told: Sequence[Any]) -> None:
+        """What the passes of the next step are told, by micro-batch."""
+        self._told = iter([told[number] for number in self._order])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.stage(inputs, next(self._told))
+        return output
+
+
+def _met(schedule: Schedule, rank: int, stage: int) -> list[int]:
+    """The micro-batches of the forward passes of ``stage``, in their order."""
+    return [each.micro_batch for each in schedule.orders[rank] if (each.kind, each.stage) == ("F", stage)]
 
 
 def forward_only(

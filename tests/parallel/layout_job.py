@@ -62,6 +62,11 @@ class Case:
     overlap: bool = True
     activations: ActivationOptions = KEPT
     clip: float = CLIP
+    documents: tuple[str, ...] = ()
+    """What is within the documents of a sample, of which there are several: "attention", "positions"."""
+    counted: bool = False
+    """Labels that do not count: of some samples all."""
+    deterministic: bool = False
 
     @property
     def model(self) -> ModelConfig:
@@ -81,7 +86,15 @@ class Case:
     @property
     def alone(self) -> "Case":
         """The same on one process, in one pass."""
-        return Case(layers=self.layers, groups=self.groups, tied=self.tied, adamw=self.adamw, updates=self.updates)
+        return Case(
+            layers=self.layers,
+            groups=self.groups,
+            tied=self.tied,
+            adamw=self.adamw,
+            updates=self.updates,
+            documents=self.documents,
+            counted=self.counted,
+        )
 
 
 def case_name(case: Case) -> str:
@@ -91,7 +104,7 @@ def case_name(case: Case) -> str:
         "-".join(
             name if value is True else f"{name}_{value}".replace("|", "+")
             for name, value in asdict(case).items()
-            if value != default[name] and name != "activations"
+            if value != default[name] and name not in ("activations", "documents")
         )
         or "alone"
     )
@@ -119,10 +132,15 @@ def job_of(case: Case) -> Job:
         ddp_bucket_size=case.bucket,
         overlap_grad_reduce=case.overlap,
         overlap_param_gather=case.overlap,
+        deterministic_reduction=case.deterministic,
     )
     config = Config(
         model=case.model,
-        data=DataOptions(seq_length=SEQUENCE),
+        data=DataOptions(
+            seq_length=SEQUENCE,
+            reset_attention_mask="attention" in case.documents,
+            reset_position_ids="positions" in case.documents,
+        ),
         training=TrainingOptions(global_batch_size=BATCH, micro_batch_size=case.micro_batch),
         parallel=parallel,
         optimizer=OptimizerOptions(clip_grad=case.clip),
@@ -161,6 +179,36 @@ def batch_of(step: int, mesh: Mesh) -> Batch:
     return Batch(tokens[mesh.data.rank * share :][:share], BATCH * SEQUENCE)
 
 
+def documents_of(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the documents of a global batch begin; which labels count: of the first sample most, of the last none."""
+    generator = np.random.default_rng([step, 1])
+    is_start = generator.random((BATCH, SEQUENCE)) < np.linspace(0.0, 0.6, BATCH)[:, None]
+    starts = np.maximum.accumulate(np.where(is_start, np.arange(SEQUENCE), 0), axis=1).astype(np.int32)
+    return starts, generator.random((BATCH, SEQUENCE)) < np.linspace(0.9, 0.0, BATCH)[:, None]
+
+
+def batch_of_case(case: Case, step: int, mesh: Mesh) -> Batch:
+    """The same samples as :func:`batch_of`, with what the case has of documents and of labels that do not count."""
+    plain, (starts, counted) = batch_of(step, mesh), documents_of(step)
+    if not (case.documents or case.counted):
+        return plain
+    own = slice(mesh.data.rank * len(plain.tokens), (mesh.data.rank + 1) * len(plain.tokens))
+    return replace(
+        plain,
+        global_tokens=None if case.counted else plain.global_tokens,
+        starts_BS=starts[own] if case.documents else None,
+        counted_BS=counted[own] if case.counted else None,
+    )
+
+
+def evaluated(state: TrainState) -> Tensor:
+    """The summed loss of two samples of several documents, told as an evaluation does, the same on all ranks."""
+    tokens = torch.arange(2 * (SEQUENCE + 1)).view(2, -1) ** 2 % MODEL.vocab_size
+    starts, counted = (torch.from_numpy(each[3:5]) for each in documents_of(0))
+    with torch.no_grad():
+        return state.engine.loss(tokens[:, :-1], tokens[:, 1:], counted, starts).total
+
+
 def trained(case: Case, between: Callable[[TrainState, int], None] | None = None) -> Pieces:
     """Losses, norms, the first update's gradients, and parameters after the last: this rank's pieces of them.
 
@@ -170,13 +218,15 @@ def trained(case: Case, between: Callable[[TrainState, int], None] | None = None
     found: Pieces = []
     losses, norms = [], []
     for step in range(case.updates):
-        losses.append(forward_backward(state, batch_of(step, mesh), mesh))
+        losses.append(forward_backward(state, batch_of_case(case, step, mesh), mesh))
         if between is not None:
             between(state, step)
         if step == 0:
             found += pieces((f"gradient {name}", view) for name, view in state.buffers.named_gradients())
         norms.append(state.optimizer.step(ADAMW_RATE if case.adamw else SGD_RATE))
     found += pieces((f"parameter {name}", view) for name, view in state.buffers.named_masters())
+    if case.documents:
+        found += pieces([("evaluated", evaluated(state))])
     return found + pieces((("norms", torch.stack(norms)), ("loss", torch.stack(losses))))
 
 
