@@ -80,6 +80,7 @@ class Config:
             raise InputError(f"--world-size {self.world_size}: must be at least 1")
         layout = self.parallel.layout(world_size)
         self.parallel.check(self.data.seq_length)
+        self._check_documents(layout.cp)
         self.parallel.check_reduction(layout.dp, self.training.micro_batch_size, self.kernels.optimizer_backend)
         self.activations.check()
         self.training.check(layout.dp)
@@ -90,6 +91,20 @@ class Config:
         self.runtime.check()
         if self.checkpoint.save or not self.dry_run:
             self.checkpoint.check()
+
+    def _check_documents(self, context_ranks: int) -> None:
+        """Raise InputError where a rank holds runs of a sequence only, of which no attention knows the documents."""
+        flags = {
+            "--reset-attention-mask": self.data.reset_attention_mask,
+            "--reset-position-ids": self.data.reset_position_ids,
+        }
+        for flag, given in flags.items():
+            if given and context_ranks > 1:
+                raise InputError(
+                    f"{flag} does not go with --context-parallel-size {context_ranks}: attention and positions within "
+                    "documents are of whole sequences; leave one of them out (--tensor-model-parallel-size and "
+                    "--recompute-granularity save activations too)"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The resolved options by section, as stored in every checkpoint; :func:`to_yaml` is what --config reads."""

@@ -211,7 +211,7 @@ def summary(run: Path) -> dict[str, Any]:
 
 def results(run: Path) -> dict[str, Any]:
     """All that a run leaves behind but its tensors, without what depends on the clock and on the place."""
-    clocks = {"seconds", "tokens_per_second", "mfu", "wall_seconds"}
+    clocks = {"seconds", "data_seconds", "tokens_per_second", "mfu", "wall_seconds"}
     told = json.loads(json.dumps(summary(run)).replace(str(run), "RUN"))
     return {
         "metrics": [{key: value for key, value in line.items() if key not in clocks} for line in metrics(run)],

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,19 @@ class HeldOutLoss:
 
     ``nats`` is the sum over the ``tokens`` predicted ones, end-of-document tokens included, and ``text_bytes`` the
     UTF-8 bytes of the text they were made from; bits per byte may therefore be compared between tokenizers, perplexity
-    may not.
+    may not. ``documents``: the model was told which documents each window holds, as when it was trained.
     """
 
     increment: str
     nats: float
     tokens: int
     text_bytes: int
+    documents: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name; ``documents`` only where it holds, as there was no such field at first."""
+        fields = asdict(self)
+        return fields if self.documents else {name: value for name, value in fields.items() if name != "documents"}
 
     @property
     def perplexity(self) -> float:
@@ -50,10 +56,13 @@ class HeldOutLoss:
 class LanguageModel(Protocol):
     """What is asked of a model: the summed token loss, and a module's switch between training and evaluation.
 
-    The loss is that of whole sequences, however many ranks compute it; each of them is given the same ones.
+    The loss is that of whole sequences, however many ranks compute it; each of them is given the same ones, and for a
+    model that is to know, the place in its sequence where each input's document begins (int32).
     """
 
-    def loss(self, inputs_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor, /) -> SummedLoss: ...
+    def loss(
+        self, inputs_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor, starts_BS: Tensor | None = None, /
+    ) -> SummedLoss: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -65,13 +74,15 @@ def evaluate(
     sequence_length: int,
     micro_batch_size: int,
     world: Group,
+    documents: bool = False,
 ) -> HeldOutLoss:
     """The loss of ``model`` on all of ``increment``, in windows of ``sequence_length`` predictions without overlap.
 
     A window sees nothing of the one before it, so figures are comparable only at equal sequence lengths. Rank r of
     ``world``, the data-parallel ranks, takes every world-th batch of ``micro_batch_size`` windows and the sums are
     added in fp64: batches do not depend on the number of ranks, hence the result neither, up to the rounding of that
-    sum. All ranks return the same. Every module's training mode is as before afterwards.
+    sum. All ranks return the same. Every module's training mode is as before afterwards. ``documents``: tell the model
+    of those in each window; labels are predicted across their ends all the same.
 
     Raises InputError for an increment without a token to predict or a count of text bytes, and for sizes below 1.
     """
@@ -84,12 +95,12 @@ def evaluate(
         raise InputError(f"held-out part {manifest.name} says it has no text; preprocess it again with its text")
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # nats, tokens; a float64 counts tokens to 2^53
     with _evaluating(model):
-        for inputs_BS, labels_BS, mask_BS in _batches(increment, sequence_length, micro_batch_size, world):
-            loss = model.loss(*(torch.from_numpy(part).to(world.device) for part in (inputs_BS, labels_BS, mask_BS)))
+        for batch in _batches(increment, sequence_length, micro_batch_size, world, documents):
+            loss = model.loss(*(torch.from_numpy(part).to(world.device) for part in batch))
             sums += torch.stack((loss.total.double(), loss.tokens.double()))
     nats, tokens = world.sum_(sums).tolist()
     assert tokens == manifest.tokens - 1, "every token but the first is predicted exactly once"
-    return HeldOutLoss(manifest.name, nats, int(tokens), manifest.text_bytes)
+    return HeldOutLoss(manifest.name, nats, int(tokens), manifest.text_bytes, documents)
 
 
 @contextmanager
@@ -109,14 +120,31 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
 _Part = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
-def _batches(increment: OpenIncrement, sequence_length: int, size: int, world: Group) -> Iterator[_Part]:
-    """This rank's batches of inputs [B, S], labels [B, S] and mask [B, S]; B is ``size`` or, once, less."""
+def _batches(
+    increment: OpenIncrement, sequence_length: int, size: int, world: Group, documents: bool
+) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+    """This rank's batches of inputs, labels, mask and, where asked for, starts of documents, each [B, S].
+
+    B is ``size`` or, once, less.
+    """
     windows = sequential_windows(increment, sequence_length)
     number = 0
     while batch := list(islice(windows, size)):
         if number % world.size == world.rank:
-            yield _padded(batch, sequence_length)
+            parts = _padded(batch, sequence_length)
+            yield (*parts, _starts(increment, number * size, parts[2])) if documents else parts
         number += 1
+
+
+def _starts(increment: OpenIncrement, first: int, mask_BS: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Where the documents of the windows from number ``first`` on begin in them; what is missing is one of its own."""
+    starts_BS = np.empty(mask_BS.shape, np.int32)
+    length = mask_BS.shape[1]
+    for row, seen in enumerate(mask_BS.sum(axis=1).tolist()):
+        place = np.array([(first + row) * length], np.int64)
+        starts_BS[row, :seen] = increment.dataset.document_starts(place, seen)[0]
+        starts_BS[row, seen:] = seen
+    return starts_BS
 
 
 def _padded(windows: list[npt.NDArray[np.int64]], sequence_length: int) -> _Part:

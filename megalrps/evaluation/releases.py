@@ -1,7 +1,6 @@
 """Every release on every increment's held-out part, once; and the summary and the report of a run that has finished."""
 
 import json
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def evaluate_releases(run: Run) -> None:
             run.leave_if_asked(f"before the evaluation {where}")
             run.watch.enter("evaluation", where)
             loss = _measure(run, model, run.job.held_out[place])
-            known[_key(run, place)] = asdict(loss)
+            known[_key(run, place)] = loss.to_json()
             version, increment = run.lineage.records[name].version, run.job.increments[place].manifest.name
             run.log.say(
                 f"{version} on {increment}: perplexity {loss.perplexity:.3f}, {loss.bits_per_byte:.4f} bits per byte"
@@ -98,6 +97,7 @@ def _measure(run: Run, model: Engine, held_out: OpenIncrement) -> HeldOutLoss:
         sequence_length=run.job.config.data.seq_length,
         micro_batch_size=run.job.micro_batch_size,
         world=run.mesh.data,
+        documents=run.job.config.data.knows_documents,
     )
 
 

@@ -63,6 +63,8 @@ def assemble(job: Job, mesh: Mesh, dtype: torch.dtype | None = None) -> TrainSta
         schedule=job.schedule,
         exchanged=exchanged(job, dtype),
         queue=buffers.queue,
+        reset_attention_mask=job.config.data.reset_attention_mask,
+        reset_position_ids=job.config.data.reset_position_ids,
     )
     scaling = job.config.scaling if training.fp16 else None
     optimizer = Optimizer(buffers, job.config.optimizer, scaling, job.config.kernels.optimizer_backend)

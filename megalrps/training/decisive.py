@@ -11,6 +11,8 @@ _WEIGHTS = "it is the shape of the weights that were trained; train another mode
 _ONE_MODEL = "every release of a run is measured and converted as one model; train another one in a new --save"
 _STEPS = "it says at which steps the states that were trained lie; a plan may only grow, by --increments"
 _STATE_TYPE = "the checkpoints hold the moments in that type; train with another one in a new --save"
+_DOCUMENTS = "every release of a run is trained on samples that were read one way; train another in a new --save"
+_DRAWN = "the samples that were trained on follow from it; a plan may only grow, by --increments"
 _DATA = "increments that were trained on stay, in their order; append new ones"
 
 FIXED: Mapping[str, str] = MappingProxyType(
@@ -27,11 +29,16 @@ FIXED: Mapping[str, str] = MappingProxyType(
         "rotary_base": _ONE_MODEL,
         "norm_epsilon": _ONE_MODEL,
         "seq_length": _POSITIONS,
+        "reset_attention_mask": _DOCUMENTS,
+        "reset_position_ids": _DOCUMENTS,
+        "eod_mask_loss": _DOCUMENTS,
+        "pack_documents": _POSITIONS,
         "global_batch_size": _POSITIONS,
         "seed": "the order of the samples follows from it; train with another one in a new --save",
         "paradigm": _STEPS,
         "alpha": f"{_STEPS}, and --alpha of a version not begun may change without --allow, with a value a version",
         "increment_steps": _STEPS,
+        "replay": f"{_DRAWN}, and --replay of an increment not begun may change without --allow, with a value each",
         "exp_avg_dtype": _STATE_TYPE,
         "exp_avg_sq_dtype": _STATE_TYPE,
         "loss_scale": "the checkpoints hold the scale with the state; train with another one in a new --save",
@@ -108,6 +115,8 @@ FREE = frozenset(
         "tokenizer_type",
         "tokenizer_model",
         "eod_token",
+        "num_workers",
+        "data_cache_path",
         "overlap_grad_reduce",
         "overlap_param_gather",
         "cpu_offloading_num_layers",

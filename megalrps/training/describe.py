@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megalrps.data.options import DataOptions
+from megalrps.exact import percent
 from megalrps.model.counts import flops_per_token, parameter_count
 from megalrps.parallel.layout import DIMENSIONS
 from megalrps.parallel.schedule import SCHEDULES
@@ -75,18 +77,35 @@ def describe_size(job: Job) -> str:
             f"{flops / 1e6:,.1f} MFLOP a token (6N + 12LSd: forward and backward, full-square attention)",
             f"batch       {training.global_batch_size} x {data.seq_length} = {tokens:,} tokens a step, "
             f"ranks: {job.layout.world_size}, {precision}",
+            *_describe_documents(data),
             f"increments  {', '.join(_describe_increment(job, each) for each in job.plan.increments)}",
             f"cost        {steps:,} steps = {steps * tokens:,} tokens = {steps * tokens * flops:.3e} FLOP",
             *_describe_layout(job),
+            *(f"note        {note}" for note in job.notes),
         )
     )
+
+
+def _describe_documents(data: DataOptions) -> list[str]:
+    """A line for samples that are not one text each; figures per token count every position of them all the same."""
+    told = {
+        "attention is within documents": data.reset_attention_mask,
+        "positions count from each document's first token": data.reset_position_ids,
+        "labels after an end of document do not count": data.eod_mask_loss,
+        "samples are packed with whole documents, padding does not count": data.pack_documents,
+    }
+    given = [text for text, is_given in told.items() if is_given]
+    return [f"documents   {'; '.join(given)}"] if given else []
 
 
 def _describe_increment(job: Job, increment: Increment) -> str:
     """Its steps, and how often they go over its data where that is more than once."""
     samples = increment.steps * job.config.training.global_batch_size
-    passes = samples / job.stream((increment.name,)).samples_per_epoch
-    return f"{increment.name} ({increment.steps:,} steps{f', {passes:.2f} passes' if passes > 1 else ''})"
+    windows = (window for path in job.plan.paths for window in path.windows)
+    replay = next((window.replay for window in windows if window.increments == (increment.name,)), None)
+    passes = samples * (1 - replay.share if replay else 1) / job.union(increment.name).samples_per_epoch
+    told = [f"{increment.steps:,} steps", *([f"{float(passes):.2f} passes"] if passes > 1 else [])]
+    return f"{increment.name} ({', '.join([*told, *([f'{percent(replay.share)} replay'] if replay else [])])})"
 
 
 def _describe_layout(job: Job) -> list[str]:

@@ -217,9 +217,10 @@ def _waits(schedule: Schedule | None) -> str:
 
 
 def _batch_bytes(job: Job) -> int:
-    """The tokens of a rank's share of the batch, int64."""
-    samples = job.config.training.global_batch_size // job.layout.dp
-    return 8 * samples * (job.config.data.seq_length + 1)
+    """The tokens of a rank's share of the batch, int64; of documents two int32 a token, of labels that count a bool."""
+    data, samples = job.config.data, job.config.training.global_batch_size // job.layout.dp
+    told = 8 * data.knows_documents + data.masks_labels
+    return samples * (8 * (data.seq_length + 1) + told * data.seq_length)
 
 
 def _sent(job: Job, trace: RankTrace, pipeline: _Pipeline) -> dict[str, int]:

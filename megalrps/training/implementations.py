@@ -22,14 +22,16 @@ def check_implementations(job: Job, device_type: str) -> None:
     if device_type == "cuda" and not HAS_TRITON:
         raise InputError("--device cuda needs Triton, which is not installed: pip install 'megalrps[gpu]'")
     moments = (_MOMENTS[optimizer.exp_avg_dtype], _MOMENTS[optimizer.exp_avg_sq_dtype])
-    _as_input_error(lambda: check_attention_backend(kernels.attention_backend, device_type))
+    within = job.config.data.reset_attention_mask
+    _as_input_error(lambda: check_attention_backend(kernels.attention_backend, device_type, documents=within))
     _as_input_error(lambda: check_optimizer_backend(kernels.optimizer_backend, _of_masters(job, device_type), *moments))
 
 
 def describe_implementations(job: Job, device_type: str) -> Iterator[str]:
     """Lines of the log: what computes the order of samples, attention, the other kernels and the optimizer's step."""
     kernels = job.config.kernels
-    attention, of_attention = chosen_backend(device_type, documents=False, requested=kernels.attention_backend)
+    within = job.config.data.reset_attention_mask
+    attention, of_attention = chosen_backend(device_type, documents=within, requested=kernels.attention_backend)
     adamw, of_adamw = chosen_optimizer_backend(_of_masters(job, device_type), kernels.optimizer_backend)
     others = "triton" if device_type == "cuda" else "torch"
     yield f"samples     in the order computed by {_ORDERS[permutation.IMPLEMENTATION]}"

@@ -5,7 +5,9 @@ It knows nothing of paradigms. Path switching is: restore the state a segment st
 """
 
 import math
+import threading
 import time
+from collections.abc import Iterator
 from functools import cached_property, partial
 
 import numpy as np
@@ -13,11 +15,13 @@ import torch
 
 from megalrps.checkpoint.errors import CorruptCheckpointError
 from megalrps.checkpoint.names import path_of
-from megalrps.data.stream import SampleStream
+from megalrps.data.stream import SampleSource
 from megalrps.errors import InputError, PreemptedError
 from megalrps.model.counts import flops_per_token
 from megalrps.paths.plan import Segment, Window
+from megalrps.training.feed import Draw, Feed, Share, Waits
 from megalrps.training.metrics import StepMetrics
+from megalrps.training.page_locked import lanes_to
 from megalrps.training.run import Run
 from megalrps.training.signals import GRACE_SECONDS, SAFE_GRACE_SECONDS
 from megalrps.training.stability import Finding, append_event, error_of, event_of, judge, text_of
@@ -28,12 +32,13 @@ from megalrps.training.throughput import peak_flops
 def train(run: Run) -> None:
     """Train every segment of the run's paths that its lineage lacks, in the plan's order."""
     loop = Loop(run)
-    for segment in run.job.plan.segments:
-        if segment.path not in run.paths:
-            continue
-        run.refresh()
-        if run.finished(segment) is None:
-            loop.train_segment(segment)
+    with loop.feed:
+        for segment in run.job.plan.segments:
+            if segment.path not in run.paths:
+                continue
+            run.refresh()
+            if run.finished(segment) is None:
+                loop.train_segment(segment)
 
 
 class Loop:
@@ -44,7 +49,11 @@ class Loop:
         self.options = run.job.config.training
         self.plan = run.job.plan
         self.state = run.state
-        self._streams: dict[tuple[str, ...], SampleStream] = {}
+        self._streams: dict[Window, SampleSource] = {}
+        self._opening = threading.Lock()
+        threads = run.job.config.data.num_workers
+        self.feed = Feed(self._read, threads=threads, lanes=lanes_to(run.mesh.data.device))
+        self._waits = Waits(threads)
         self._update_seconds = 0.0
         self._told_of_grace = False
 
@@ -52,6 +61,7 @@ class Loop:
         """Restore the newest state inside ``segment``, or the one it starts from, and train to its end."""
         self.run.watch.enter("loading", f"of the state that path {segment.path} goes on from")
         self.restore(segment)
+        self.feed.follow(self._course(segment, self.state.step))
         self.run.leave_if_asked(f"before step {self.state.step + 1} of path {segment.path}")
         interval = self.run.job.config.checkpoint.save_interval
         while self.state.step < segment.end:
@@ -97,6 +107,7 @@ class Loop:
             self.refuse_to_begin_again(segment)
             state.initialise(run.job.model, self.options.seed)
         elif state.checkpoint != candidates[0]:
+            self.feed.follow(self._course(segment, run.lineage.records[candidates[0]].step))  # while the state loads
             record = run.load_first(candidates)
             run.log.say(f"restored {state.checkpoint}: {record.path} at step {record.step:,}")
             run.say_differences(record)
@@ -122,9 +133,11 @@ class Loop:
         run, step = self.run, self.state.step + 1
         started, where = time.perf_counter(), f"of step {step} of path {segment.path}"
         run.watch.enter("data", where)
+        batch = self.batch(self.plan.window_at(segment.path, step), step)
+        waited = time.perf_counter() - started
         result = train_step(
             self.state,
-            self.batch(self.plan.window_at(segment.path, step), step),
+            batch,
             learning_rate=self.plan.path(segment.path).curve(step),
             mesh=run.mesh,
             enter=partial(run.watch.enter, where=where),
@@ -136,10 +149,13 @@ class Loop:
             self.tell(segment, step, result, finding)
         self.state.step = step
         self.state.train_seconds += seconds
-        metrics = self.metrics(segment, step, result, seconds)
+        metrics = self.metrics(segment, step, result, seconds, waited)
         if run.metrics is not None and run.publisher is not None and run.publisher.leases.are_held():
             run.metrics.write(metrics)  # the file may be another launch's by now: this one may have slept
         run.log.step(metrics, segment.end)
+        slow = self._waits.note(waited, seconds)
+        if slow is not None:
+            run.log.say(slow)
 
     def tell(self, segment: Segment, step: int, result: StepResult, finding: Finding) -> None:
         """Say what was noticed of an update, and which samples it drew; end the run where that is the policy.
@@ -166,19 +182,41 @@ class Loop:
 
     def batch(self, window: Window, step: int) -> Batch:
         """This rank's samples of update ``step``: a contiguous share of the global batch, whatever the layout."""
+        share = self.feed.take(self._draw(window, step))
+        labels = self.options.global_batch_size * self.run.job.config.data.seq_length
+        counted = labels if share.counted_BS is None else None
+        return Batch(share.tokens, counted, share.starts_BS, share.counted_BS)
+
+    def _draw(self, window: Window, step: int) -> Draw:
         size, data = self.options.global_batch_size, self.run.mesh.data
         share = size // data.size
-        first = (step - 1 - window.start) * size + data.rank * share
-        samples = self._stream(window).samples(np.arange(first, first + share, dtype=np.int64))
-        return Batch(samples, size * self.run.job.config.data.seq_length)
+        return Draw(window, (step - 1 - window.start) * size + data.rank * share, share)
 
-    def _stream(self, window: Window) -> SampleStream:
-        if window.increments not in self._streams:
-            self._streams[window.increments] = self.run.job.stream(window.increments)
-        return self._streams[window.increments]
+    def _course(self, segment: Segment, step: int) -> Iterator[Draw]:
+        """What will be drawn after ``step`` of ``segment``, and then, by what is known now, in the segments after it.
 
-    def metrics(self, segment: Segment, step: int, result: StepResult, seconds: float) -> StepMetrics:
-        """The line of metrics of update ``step``."""
+        One of those that was begun before goes on elsewhere than at its start, and says so when it is restored.
+        """
+        segments = self.plan.segments
+        for each in segments[segments.index(segment) :]:
+            if each == segment or (each.path in self.run.paths and self.run.finished(each) is None):
+                first = step if each == segment else each.start
+                for update in range(first + 1, each.end + 1):
+                    yield self._draw(self.plan.window_at(each.path, update), update)
+
+    def _read(self, draw: Draw) -> Share:
+        """Of any thread, on several at once."""
+        drawn = self._stream(draw.window).batch(draw.indices())
+        return Share(drawn.tokens_BS, drawn.starts_BS, drawn.counted_BS)
+
+    def _stream(self, window: Window) -> SampleSource:
+        with self._opening:
+            if window not in self._streams:
+                self._streams[window] = self.run.job.stream(window)
+            return self._streams[window]
+
+    def metrics(self, segment: Segment, step: int, result: StepResult, seconds: float, waited: float) -> StepMetrics:
+        """The line of metrics of update ``step``, which took ``seconds``, ``waited`` of them for its data."""
         samples, skipped = self.options.global_batch_size, result.skipped or not result.is_finite
         tokens = samples * self.run.job.config.data.seq_length
         return StepMetrics(
@@ -195,6 +233,7 @@ class Loop:
             mfu=tokens * self._flops_per_token / seconds / self._peak if self._peak else None,
             loss_scale=result.loss_scale,
             skipped=skipped,
+            data_seconds=waited,
         )
 
     def commit(self, segment: Segment, kind: str, *, in_background: bool = False) -> None:

@@ -18,7 +18,8 @@ class StepMetrics:
 
     ``step`` counts optimizer updates along the path's trajectory, what it inherited from its parent included;
     ``tokens`` and ``samples`` likewise. ``loss`` is in nats per token, None where it was no number; ``mfu`` a fraction
-    or None (peak not known). ``skipped``: the update was left out; its step counts all the same.
+    or None (peak not known). ``skipped``: the update was left out; its step counts all the same. ``data_seconds``, of
+    the ``seconds``, passed until this rank's samples were there.
     """
 
     path: str
@@ -34,6 +35,7 @@ class StepMetrics:
     mfu: float | None = None
     loss_scale: float | None = None
     skipped: bool = False
+    data_seconds: float = 0.0
 
 
 class MetricsFile:

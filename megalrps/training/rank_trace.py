@@ -6,8 +6,8 @@ hold it.
 
 What is seen of our kernels are their operations, which take no memory within themselves on a GPU; a CPU's references
 do. Attention is traced as torch's of the CPU, whatever computes it: a fused one of another device keeps its log-sum-exp
-in another shape. Unless the job runs on a CPU, attention to a longer past is traced as a fused kernel does it, which
-needs no mask.
+in another shape. Unless the job runs on a CPU, attention to a longer past, or within documents, is traced as a fused
+kernel does it, which needs no mask.
 """
 
 from collections import Counter
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megalrps.kernels import attention
+from megalrps.kernels.documents import Documents
 from megalrps.parallel.bucket import Bucket
 from megalrps.parallel.group import Group
 from megalrps.parallel.mesh import Mesh
@@ -115,10 +116,12 @@ def lower_right_mask(queries: int, keys: int) -> Tensor:
 
 def _traceable(job: Job) -> Job:
     """The job with an attention that fake tensors of a CPU can have; the fused ones all keep the same."""
-    if job.config.kernels.attention_backend == "reference":
+    config = job.config
+    if config.kernels.attention_backend == "reference":
         return job
-    kernels = replace(job.config.kernels, attention_backend="auto")
-    return replace(job, config=replace(job.config, kernels=kernels))
+    kernels = replace(config.kernels, attention_backend="auto")
+    masked = config.data.reset_attention_mask and config.runtime.device == "cpu"
+    return replace(job, config=replace(config, kernels=kernels, data=replace(config.data, reset_attention_mask=masked)))
 
 
 def _no_mask(queries: int, keys: int) -> None:
@@ -200,9 +203,12 @@ def _traced_stage(job: Job, state: TrainState, index: int, tracker: StorageTrack
     stream = exchanged(job)
     inputs = tokens_BS if index == 0 else torch.empty(stream.shape, dtype=stream.dtype, requires_grad=True)
     gradient = None if last else torch.empty(stream.shape, dtype=stream.dtype)
+    documents = None
+    if job.config.data.knows_documents:
+        documents = Documents(*torch.zeros(2, job.micro_batch_size, length, dtype=torch.int32).unbind())
 
     start = tracker.mark()
-    output = engine.passes[index](inputs)
+    output = engine.passes[index](inputs, documents)
     target = engine.share_of_loss(output, tokens_BS) if last else output
     forward = PassCost(tracker.alive - start, tracker.peak - start)
     if job.schedule is None:

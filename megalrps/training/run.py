@@ -269,7 +269,7 @@ class Run:
             segment_fingerprint=job.plan.segment_fingerprint(segment),
             curve_fingerprint=fingerprint(job.plan.path(segment.path).curve.until(segment.end).to_json()),
             plan_fingerprint=job.plan.fingerprint,
-            samples=job.consumed(segment.path, step),
+            samples=job.consumed(segment.path, step, self.lineage.records.values()),
             tokens=tokens,
             train_seconds=self.state.train_seconds,
             config=job.resolved(),

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,10 +31,14 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 torch.set_num_threads(1)
 
 
-def write_increment(prefix: Path, tokens: list[int], text_bytes: int) -> OpenIncrement:
+def write_increment(
+    prefix: Path, tokens: list[int], text_bytes: int, *, lengths: Sequence[int] | None = None
+) -> OpenIncrement:
+    """Of one document, or of documents of so many tokens."""
     tokenizer = TokenizerIdentity("SentencePieceTokenizer", VOCABULARY, 2, "0" * 64)
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        writer.add_document(np.asarray(tokens))
+        for document in np.split(np.asarray(tokens), np.cumsum(lengths or [len(tokens)])[:-1]):
+            writer.add_document(document)
     manifest = describe_dataset(
         prefix, name="held-out", tokenizer=tokenizer, text_bytes=text_bytes, append_eod=False, sources=("a.jsonl",)
     )
@@ -137,6 +141,45 @@ def test_bf16_is_used_when_asked_for(held_out: Callable[[int], OpenIncrement]) -
     rounded = loss_of(engine, increment).nats
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=2e-2)
+
+
+DOCUMENTS = (3, 1, 20, 8, 6, 7)
+"""Lengths: some end where a window of 8 does, one spans whole windows; of the 45 tokens the last window has 4."""
+
+
+@pytest.mark.parametrize("told", ["attention", "positions", "both"])
+def test_documents_are_evaluated_as_they_are_trained_on(tmp_path: Path, told: str) -> None:
+    """In every window each document is told by itself, and the first token of the next is still predicted."""
+    tokens = np.random.default_rng(3).integers(0, VOCABULARY, sum(DOCUMENTS))
+    increment = write_increment(tmp_path / "set", tokens.tolist(), 180, lengths=DOCUMENTS)
+    model, text = transformer().double(), torch.from_numpy(tokens)
+    begins, expected = np.cumsum((0, *DOCUMENTS)).tolist(), 0.0
+    for start in range(0, len(tokens) - 1, 8):
+        end = min(start + 8, len(tokens) - 1)
+        bounds = [start, *(place for place in begins if start < place < end), end]
+        positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(bounds)])
+        if told == "positions":
+            output = model(text[None, start:end], positions)
+            expected += model.loss_of_logits(output, text[None, start + 1 : end + 1]).total.item()
+            continue
+        for a, b in itertools.pairwise(bounds):
+            output = model(text[None, a:b], None if told == "both" else torch.arange(a - start, b - start))
+            expected += model.loss_of_logits(output, text[None, a + 1 : b + 1]).total.item()
+    engine = Engine(
+        {0: model},
+        alone(torch.device("cpu")),
+        micro_batch_size=3,
+        sequence_length=8,
+        reset_attention_mask=told != "positions",
+        reset_position_ids=told != "attention",
+    )
+    for size in (1, 4):
+        result = evaluate(engine, increment, sequence_length=8, micro_batch_size=size, world=ALONE, documents=True)
+        assert result.nats == pytest.approx(expected, rel=1e-12)
+        assert result.to_json()["documents"] is True
+    with pytest.raises(AssertionError, match="without their documents"):
+        loss_of(engine, increment)
+    assert "documents" not in loss_of(model, increment).to_json()
 
 
 def loss_on_rank(rank: int, prefix: Path, ranks: int) -> float:

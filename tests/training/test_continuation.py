@@ -182,7 +182,7 @@ def test_a_longer_run_is_refused_for_its_options_too(
 def test_data_that_moved_is_the_same_data(data: TinyData, finished: Path, tmp_path: Path):
     moved = [tmp_path / f"elsewhere{place}" for place in range(2)]
     for prefix, target in zip(data.increments, moved, strict=False):
-        for suffix in (".bin", ".idx", ".json"):
+        for suffix in (".bin", ".idx", ".blocks", ".json"):
             Path(f"{target}{suffix}").write_bytes(Path(f"{prefix}{suffix}").read_bytes())
     with opened(command(TinyData(tuple(map(str, moved)), ()), finished)) as run:
         assert all(run.finished(segment) for segment in run.job.plan.segments)

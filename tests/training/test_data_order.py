@@ -138,9 +138,9 @@ def test_the_passes_of_an_update_are_the_batch_cut_in_order(
     forward, loss = Transformer.forward, Transformer.loss_of_logits
     inputs_of: list[np.ndarray] = []
 
-    def entering(self: Transformer, inputs: torch.Tensor, positions_S: Any = None) -> Any:
+    def entering(self: Transformer, inputs: torch.Tensor, *told: Any) -> Any:
         inputs_of.append(inputs.numpy().copy())
-        return forward(self, inputs, positions_S)
+        return forward(self, inputs, *told)
 
     def leaving(self: Transformer, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, mask: Any = None) -> Any:
         passes.append((inputs_of[-1], labels_BS.numpy().copy()))

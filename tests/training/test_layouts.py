@@ -196,6 +196,8 @@ REFUSALS: tuple[tuple[int, tuple[str, ...], str], ...] = (
     (2, (*PP2, "--pipeline-model-parallel-layout", "Et|L"), "spells 1 layers, --num-layers is 2"),
     (2, (*CP2, "--seq-length", "18"), "--context-parallel-size 2 cut --seq-length 18 into 4 unequal parts"),
     (3, CP2, "--context-parallel-size 2 does not divide the 3 ranks"),
+    (2, (*CP2, "--reset-attention-mask"), "--reset-attention-mask does not go with --context-parallel-size 2"),
+    (2, (*CP2, "--reset-position-ids"), "--reset-position-ids does not go with --context-parallel-size 2"),
     (2, ("--bf16", "--fp16"), "--bf16 and --fp16"),
     (2, ("--recompute-granularity", "full"), "--recompute-method"),
 )
