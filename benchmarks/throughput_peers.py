@@ -255,7 +255,7 @@ def samples_of(work: Work, job: Job) -> Tensor:
     """The samples of all updates in the order in which the loop draws them: int64 [updates x batch, S + 1]."""
     names = tuple(each.manifest.name for each in job.increments)
     count = (work.updates + 1) * work.config.training.global_batch_size
-    return torch.from_numpy(job.stream(names).samples(np.arange(count, dtype=np.int64)))
+    return torch.from_numpy(job.union(*names).batch(np.arange(count, dtype=np.int64)).tokens_BS)
 
 
 def _llama(work: Work, job: Job) -> Any:

@@ -24,7 +24,8 @@ from megalrps.config import parse_config
 from megalrps.data.increment import open_increment
 from megalrps.data.indexed import IndexedDatasetWriter
 from megalrps.data.manifest import TokenizerIdentity, describe_dataset, write_manifest
-from megalrps.data.preprocess import InputOptions, OutputOptions, PreprocessOptions, TokenizerOptions, preprocess
+from megalrps.data.preprocess import preprocess
+from megalrps.data.preprocess_options import InputOptions, OutputOptions, PreprocessOptions, TokenizerOptions
 from megalrps.data.tokenizer_training import TokenizerTrainingOptions, train_tokenizer
 from megalrps.paths.cost import cost_steps
 from megalrps.training.prepare import prepare

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_interpreter import warm_interpreter, warmed
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 
-# Small enough for a test; everything else is as in the README.
+# Small enough for a test; everything else is as in the README. The first command trains the README's own model.
 FEW_STEPS = "--increment-steps 6 5 5 --save-interval 3 --log-interval 1"
+SMALL = "--num-layers 1 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2 --num-query-groups 1"
 
 
 def lines_of_commands() -> list[str]:
@@ -39,17 +41,23 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
-    """The command as a reader would type it, with this interpreter's environment in place of a new one."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(clone),
-        "TRAIN_ARGS": FEW_STEPS,
-        "OMP_NUM_THREADS": "1",
-    }
+def environment_of(clone: Path, **more: str) -> dict[str, str]:
+    """This interpreter's environment, with the packages of ``clone``."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1", **more}
+
+
+def run(command: str, clone: Path, warm: Path | None) -> subprocess.CompletedProcess[str]:
+    """The command as a reader would type it, with this interpreter's environment in place of a new one.
+
+    With ``warm``, python and torchrun are those of that folder, and the model is small.
+    """
+    environment = environment_of(clone, TRAIN_ARGS=FEW_STEPS)
+    if warm is not None:
+        environment = warmed(environment_of(clone, TRAIN_ARGS=f"{FEW_STEPS} {SMALL}"), warm)
     if command.startswith("make"):  # the virtual environment is the one the tests run in: no second installation
-        command = command.replace("make", f"make VENV={sys.prefix} --old-file={sys.prefix}/.installed", 1)
+        prefix = warm or sys.prefix
+        command = command.replace("make", f"make VENV={prefix} --old-file={prefix}/.installed", 1)
     return subprocess.run(
         ["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True, check=False, timeout=280
     )
@@ -86,7 +94,14 @@ def test_the_commands_are_the_ones_this_file_runs():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # a dozen commands, each with a limit of its own
-def test_the_commands_run_in_their_order(clone: Path):
+def test_the_commands_run_in_their_order(clone: Path, tmp_path: Path):
+    """The first that trains with interpreters of its own; the others, which start thirty more, with warm ones."""
+    with warm_interpreter(tmp_path / "warm", environment_of(clone)) as warm:
+        (warm / ".installed").touch()
+        run_in_order(clone, warm)
+
+
+def run_in_order(clone: Path, warm: Path) -> None:
     for line in lines_of_commands():
         if line == "make test" or line.startswith("PIP_EXTRA_INDEX_URL"):
             continue
@@ -94,8 +109,8 @@ def test_the_commands_run_in_their_order(clone: Path):
             write_dated_text(clone / "path/to/folder")
         if line.startswith(("torchrun", "python pretrain_gpt.py")):
             steps = "6 5" if "network" in line else "6"
-            line += f" --increment-steps {steps} --save-interval 3"
-        done = run(line, clone)
+            line += f" --increment-steps {steps} --save-interval 3 {SMALL}"
+        done = run(line, clone, None if line == "make quickstart" else warm)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         if line == "make quickstart":
             assert "report: runs/quickstart/report.html" in done.stdout

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import adopt_dataset
+import blend_increments
 import draw_schedule
 import lineage
 import plan_versions
@@ -27,7 +28,7 @@ import verify_data
 from megalrps.commandline import run_tool
 from megalrps.config import Config
 from megalrps.data.corpus import CorpusOptions
-from megalrps.data.preprocess import PreprocessOptions
+from megalrps.data.preprocess_options import PreprocessOptions
 from megalrps.data.split import SplitOptions
 from megalrps.data.tokenizer_training import TokenizerTrainingOptions
 from megalrps.errors import InputError
@@ -91,6 +92,7 @@ COMMANDS = (
     Command("tools/plan_versions.py", plan_versions.Arguments),
     Command("tools/draw_schedule.py", draw_schedule.Arguments),
     Command("tools/preprocess_data.py", PreprocessOptions),
+    Command("tools/blend_increments.py", blend_increments.BlendOptions),
     Command("tools/adopt_dataset.py", adopt_dataset.AdoptOptions),
     Command("tools/verify_data.py", verify_data.VerifyOptions),
     Command("tools/split_increments.py", SplitOptions),

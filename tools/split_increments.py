@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Cut dated JSON lines into increments, each with a training and a held-out part."""
+"""Cut dated text into increments, each with a training and a held-out part."""
 
 import tyro
 

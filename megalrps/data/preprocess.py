@@ -5,123 +5,36 @@ sequence for each document, and a document whose text has no tokens is a documen
 end-of-document token. Beside them lie the increment manifest (``.json``) and the record of how they were made.
 """
 
+import resource
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megalrps.data.encode import EncodedBatch, EncoderSpec, encode_all
+from megalrps.data.assembly import Assembly, Tally
+from megalrps.data.encode import EncoderSpec, PartEncoder
+from megalrps.data.index_writer import locked_partial
 from megalrps.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, manifest_path, token_dtype
+from megalrps.data.input_files import FileState, FollowingDigests, check_unchanged, input_states
+from megalrps.data.journal import Work, discard_work
 from megalrps.data.manifest import (
     IncrementManifest,
     TokenizerIdentity,
-    check_increment_name,
-    describe_dataset,
+    describe_written,
     read_manifest,
     write_manifest,
 )
+from megalrps.data.parts import PART_BYTES
+from megalrps.data.preprocess_options import PreprocessOptions
 from megalrps.data.progress import ProgressDisplay
-from megalrps.data.recipe import input_digests, is_ours, read_results, write_record
-from megalrps.data.text import BadLines, OnBadLine, expand_inputs, read_batches
-from megalrps.data.tokenizer import TokenizerKind, load_tokenizer, tokenizer_identity
+from megalrps.data.recipe import is_ours, read_results, recorded_inputs, write_record
+from megalrps.data.text import BadLines, expand_inputs
+from megalrps.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
+from megalrps.data.workers import Crew, OwnProcess, WorkerProcesses
 from megalrps.errors import InputError
-
-
-@dataclass(frozen=True)
-class InputOptions:
-    """The text: JSON lines, plain, .gz or .zst."""
-
-    input: tuple[str, ...]
-    """Files, folders of JSON lines, or quoted globs, read in this order."""
-
-    json_keys: tuple[str, ...] = ("text",)
-    """Keys of the texts in each line; each key becomes a dataset of its own."""
-
-    on_bad_line: OnBadLine = "error"
-    """What a line without usable text does: stop with its place, or be counted and skipped."""
-
-
-@dataclass(frozen=True)
-class TokenizerOptions:
-    """The tokenizer."""
-
-    tokenizer_model: Path
-    """A SentencePiece .model file, a tokenizer.json, or the folder that holds one."""
-
-    tokenizer_type: TokenizerKind = "SentencePieceTokenizer"
-    """Kind of --tokenizer-model."""
-
-    eod_token: str | None = None
-    """End-of-document token of a Hugging Face tokenizer; unset: its own eos_token, or the one with a usual name."""
-
-    tokenizer_hf_no_include_special_tokens: bool = False
-    """Leave out the tokens that a Hugging Face tokenizer's template adds to each text (such as a first <s>)."""
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """The dataset: PREFIX_KEY_document.bin, .idx, .json (manifest) and .recipe.json (how it was made)."""
-
-    output_prefix: Path
-    """Where the dataset goes."""
-
-    name: str | None = None
-    """Name of the increment; unset: the last part of the prefix. With several keys, -KEY is appended."""
-
-    append_eod: bool = False
-    """End each document with the end-of-document token."""
-
-    overwrite: bool = False
-    """Replace a dataset that was made from other inputs or with other options."""
-
-
-@dataclass(frozen=True)
-class WorkOptions:
-    """The work: no choice here changes the output."""
-
-    workers: int = 1
-    """Processes that tokenize; with 1 it happens in the tool's own."""
-
-    log_interval: int = 100_000
-    """Documents between two lines of progress, where there is no terminal for a live display."""
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """Turn JSON lines into an increment: token ids in Megatron's indexed format, and a manifest of them.
-
-    Run again with the same inputs and options, it finds its output and ends at once.
-    """
-
-    text: InputOptions
-    tokenizer: TokenizerOptions
-    output: OutputOptions
-    work: WorkOptions = field(default_factory=WorkOptions)
-
-    def check(self) -> None:
-        """Raise InputError for values that no run can use."""
-        if self.work.workers < 1:
-            raise InputError(f"--workers {self.work.workers}: must be at least 1")
-        if self.work.log_interval < 1:
-            raise InputError(f"--log-interval {self.work.log_interval}: must be at least 1")
-        keys = self.text.json_keys
-        if not keys or len(set(keys)) != len(keys):
-            raise InputError(f"--json-keys {' '.join(keys)}: name at least one key, and each one once")
-        for key in keys:
-            check_increment_name(self.increment_name(key))
-
-    def dataset_prefix(self, key: str) -> Path:
-        """Prefix of the dataset of ``key``, named as Megatron names it."""
-        return Path(f"{self.output.output_prefix}_{key}_document")
-
-    def increment_name(self, key: str) -> str:
-        """Name of the increment that the dataset of ``key`` is."""
-        name = self.output.name or self.output.output_prefix.name
-        return name if len(self.text.json_keys) == 1 else f"{name}-{key}"
 
 
 @dataclass(frozen=True)
@@ -131,170 +44,254 @@ class PreprocessResult:
     up_to_date: bool
     datasets: dict[Path, IncrementManifest]
     """Manifest of each dataset, by its prefix."""
-    empty_documents: dict[str, int]
-    """Documents whose text had no tokens, by key."""
-    bad_lines: int
-    bad_lines_summary: str
-    wall_seconds: float
+    results: dict[str, Any]
+    """What is recorded beside the datasets: bad lines, documents without tokens, dates."""
+    tokenizer: str = ""
+    """What tokenized, and why that; empty where nothing was to be done."""
+    parts: int = 0
+    parts_resumed: int = 0
+    """Of these, the parts that an earlier, unfinished run had made."""
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of this process and its workers."""
 
+    @property
+    def bad_lines(self) -> int:
+        """Lines skipped."""
+        return int(self.results["bad_lines"])
 
-@dataclass
-class _Tally:
-    text_bytes: Counter[str] = field(default_factory=Counter)
-    empty_documents: Counter[str] = field(default_factory=Counter)
+    @property
+    def bad_lines_summary(self) -> str:
+        """The lines skipped, by what was wrong with them, with the first place of each kind."""
+        return str(self.results["bad_lines_summary"])
+
+    @property
+    def empty_documents(self) -> dict[str, int]:
+        """Documents whose text had no tokens, by key."""
+        return dict(self.results["empty_documents"])
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessResult:
     """Make the datasets that ``options`` describe, unless they are there already.
 
     Raises InputError, before anything is replaced, for inputs that cannot be used and for a finished output that was
-    made from something else.
+    made differently.
     """
     started = time.monotonic()
     options.check()
     paths = expand_inputs(options.text.input)
-    spec, identity = _resolve_tokenizer(options)
-    recipe = _recipe(options, paths, identity)
-    manifests = _finished(options, recipe)
-    up_to_date = manifests is not None
-    if manifests is None:
-        manifests = _make(options, paths, spec, identity, recipe)
-    results = read_results(_record_path(options, options.text.json_keys[0]))
-    return PreprocessResult(
-        up_to_date=up_to_date,
-        datasets={options.dataset_prefix(key): manifest for key, manifest in manifests.items()},
-        empty_documents=results["empty_documents"],
-        bad_lines=results["bad_lines"],
-        bad_lines_summary=results["bad_lines_summary"],
+    job = _Job(options, paths, input_states(paths), *_load_tokenizer(options))
+    manifests = job.find()
+    if manifests is not None and not job.work_folder.exists():
+        return job.result(manifests, up_to_date=True)
+    _prepare_folder(job.work_folder)
+    with locked_partial(job.work_folder):
+        manifests = job.find()  # what another run may have made while this one came so far
+        if manifests is not None:
+            discard_work(job.work_folder)  # that run was killed at its very end
+            return job.result(manifests, up_to_date=True)
+        try:
+            tally = job.make()
+        except OSError as error:
+            error.filename = error.filename or str(job.work_folder)  # a write to a full disk names no file
+            raise
+        manifests = {key: read_manifest(options.dataset_prefix(key)) for key in options.text.json_keys}
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return job.result(
+        manifests,
+        up_to_date=False,
+        tokenizer=tally.tokenizer,
+        parts=tally.parts,
+        parts_resumed=tally.parts_resumed,
         wall_seconds=time.monotonic() - started,
+        cpu_seconds=sum(each.ru_utime + each.ru_stime for each in usage),
     )
 
 
-def _resolve_tokenizer(options: PreprocessOptions) -> tuple[EncoderSpec, TokenizerIdentity]:
+def _load_tokenizer(options: PreprocessOptions) -> tuple[Tokenizer, bool]:
+    """The tokenizer that this process will use, and True; where it may well use none, the reference, loaded sooner.
+
+    What a dataset records of them is the same.
+    """
     chosen = options.tokenizer
+    outputs = [idx_path(options.dataset_prefix(key)) for key in options.text.json_keys]
+    is_used = options.work.workers == 1 and not any(path.exists() for path in outputs)
     tokenizer = load_tokenizer(
         chosen.tokenizer_type,
         chosen.tokenizer_model,
         eod_token=chosen.eod_token,
         special_tokens=not chosen.tokenizer_hf_no_include_special_tokens,
+        backend=chosen.tokenizer_backend if is_used else "reference",
     )
-    spec = EncoderSpec(
-        tokenizer_type=chosen.tokenizer_type,
-        tokenizer_model=str(chosen.tokenizer_model),
-        eod_token=chosen.eod_token,
-        special_tokens=not chosen.tokenizer_hf_no_include_special_tokens,
-        json_keys=options.text.json_keys,
-        append_eod=options.output.append_eod,
-        dtype=token_dtype(tokenizer.vocab_size).name,
-    )
-    return spec, tokenizer_identity(tokenizer)
+    return tokenizer, is_used
 
 
-def _recipe(options: PreprocessOptions, paths: Sequence[Path], identity: TokenizerIdentity) -> dict[str, Any]:
-    """All that the datasets depend on, and nothing else."""
-    return {
-        "tool": "preprocess_data",
-        "inputs": input_digests(paths),
-        "json_keys": list(options.text.json_keys),
-        "on_bad_line": options.text.on_bad_line,
-        "tokenizer": asdict(identity),
-        "special_tokens": not options.tokenizer.tokenizer_hf_no_include_special_tokens,
-        "append_eod": options.output.append_eod,
-        "names": [options.increment_name(key) for key in options.text.json_keys],
-    }
-
-
-def _record_path(options: PreprocessOptions, key: str) -> Path:
-    return Path(f"{options.dataset_prefix(key)}.recipe.json")
-
-
-def _finished(options: PreprocessOptions, recipe: dict[str, Any]) -> dict[str, IncrementManifest] | None:
-    """Manifests by key if all datasets are there, whole, and made by ``recipe``; None if they are to be made."""
-    prefixes = {key: options.dataset_prefix(key) for key in options.text.json_keys}
-    ours = [
-        is_ours(_record_path(options, key), recipe, [bin_path(prefix), idx_path(prefix)], options.output.overwrite)
-        for key, prefix in prefixes.items()
-    ]
-    if not all(ours):
-        return None
+def _prepare_folder(output: Path) -> None:
     try:
-        for prefix in prefixes.values():
-            IndexedDataset(prefix)
-        return {key: read_manifest(prefix) for key, prefix in prefixes.items()}
-    except InputError:
-        return None  # ours, but unfinished or damaged since: the very same is made again
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{output.parent}: cannot be written ({error.strerror}); choose another output directory"
+        ) from error
 
 
-def _make(
-    options: PreprocessOptions,
-    paths: Sequence[Path],
-    spec: EncoderSpec,
-    identity: TokenizerIdentity,
-    recipe: dict[str, Any],
-) -> dict[str, IncrementManifest]:
-    bad_lines = BadLines(options.text.on_bad_line)
-    tally = _Tally()
-    total_bytes = sum(path.stat().st_size for path in paths)
-    with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(IndexedDatasetWriter(options.dataset_prefix(key), spec.dtype, overwrite=True))
-            for key in spec.json_keys
+@dataclass
+class _Job:
+    """One run of the tool: what it is asked for, and what it is made from."""
+
+    options: PreprocessOptions
+    paths: tuple[Path, ...]
+    states: tuple[FileState, ...]
+    """Of the inputs when the run began."""
+    tokenizer: Tokenizer
+    tokenizer_is_used: bool
+    """False where it is the reference, and says only what a dataset records."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.options.text.json_keys
+
+    @property
+    def identity(self) -> TokenizerIdentity:
+        return tokenizer_identity(self.tokenizer)
+
+    @property
+    def work_folder(self) -> Path:
+        return Path(f"{self.options.dataset_prefix(self.keys[0])}.work")
+
+    def record_path(self, key: str) -> Path:
+        return Path(f"{self.options.dataset_prefix(key)}.recipe.json")
+
+    def spec(self) -> EncoderSpec:
+        chosen = self.options.tokenizer
+        return EncoderSpec(
+            tokenizer_type=chosen.tokenizer_type,
+            tokenizer_model=str(chosen.tokenizer_model),
+            eod_token=chosen.eod_token,
+            special_tokens=not chosen.tokenizer_hf_no_include_special_tokens,
+            backend=chosen.tokenizer_backend,
+            json_keys=self.keys,
+            date_key=self.options.text.date_key,
+            append_eod=self.options.output.append_eod,
+            dtype=token_dtype(self.tokenizer.vocab_size).name,
+            stop_at_bad=self.options.text.on_bad_line == "error",
+        )
+
+    def recipe(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """All that the datasets and their records depend on, and nothing else."""
+        dates = {} if self.options.text.date_key is None else {"date_key": self.options.text.date_key}
+        return {
+            "tool": "preprocess_data",
+            "inputs": inputs,
+            "json_keys": list(self.keys),
+            **dates,
+            "on_bad_line": self.options.text.on_bad_line,
+            "tokenizer": asdict(self.identity),
+            "special_tokens": not self.options.tokenizer.tokenizer_hf_no_include_special_tokens,
+            "append_eod": self.options.output.append_eod,
+            "names": [self.options.increment_name(key) for key in self.keys],
         }
-        display = stack.enter_context(ProgressDisplay(sys.stderr, total_bytes, options.work.log_interval))
-        for batch in encode_all(read_batches(paths), spec, options.work.workers):
-            _write_batch(batch, writers, bad_lines, tally)
-            display.advance(batch.documents, batch.text_bytes[spec.json_keys[0]], batch.bytes_read)
-        _check_not_empty(writers, bad_lines)
-        # The last moment before the writers put their files in place: from here on the files there are ours.
-        for key in spec.json_keys:
-            seal = manifest_path(options.dataset_prefix(key))
-            write_record(_record_path(options, key), recipe, _results(bad_lines, tally, spec.json_keys), seal=seal)
-    return {key: _describe(options, key, paths, identity, tally) for key in spec.json_keys}
 
+    def find(self) -> dict[str, IncrementManifest] | None:
+        """Manifests by key if all datasets are there, whole, and made by our recipe; None if they are to be made."""
+        prefixes = {key: self.options.dataset_prefix(key) for key in self.keys}
+        outputs = {key: [bin_path(prefix), idx_path(prefix)] for key, prefix in prefixes.items()}
+        present = [key for key in self.keys if any(path.exists() for path in outputs[key])]
+        if not present:
+            return None
+        records = [record for key in present if (record := self.record_path(key)).exists()]
+        inputs = recorded_inputs(records[0], self.paths, self.states) if records else []
+        recipe, overwrite = self.recipe(inputs), self.options.output.overwrite
+        ours = [is_ours(self.record_path(key), recipe, outputs[key], overwrite) for key in self.keys]
+        if not all(ours):
+            return None
+        try:
+            for prefix in prefixes.values():
+                IndexedDataset(prefix)
+            return {key: read_manifest(prefix) for key, prefix in prefixes.items()}
+        except InputError:
+            return None  # ours, but unfinished or damaged since: the very same is made again
 
-def _write_batch(
-    batch: EncodedBatch, writers: dict[str, IndexedDatasetWriter], bad_lines: BadLines, tally: _Tally
-) -> None:
-    for line in batch.bad_lines:
-        bad_lines.add(line)
-    for key, writer in writers.items():
-        for tokens in batch.split(key):
-            writer.add_document(tokens)
-            tally.empty_documents[key] += not tokens.size
-    tally.text_bytes.update(batch.text_bytes)
+    def make(self) -> Tally:
+        """Make the datasets, their records and manifests."""
+        spec, tally = self.spec(), Tally(BadLines(self.options.text.on_bad_line))
+        with Work(self.work_folder, self._work_identity(spec)) as work:
+            with ExitStack() as stack:
+                crew = self._crew(spec, work, stack)
+                digests = stack.enter_context(FollowingDigests(self.paths))
+                writers = {
+                    key: stack.enter_context(
+                        IndexedDatasetWriter(self.options.dataset_prefix(key), spec.dtype, overwrite=True)
+                    )
+                    for key in spec.json_keys
+                }
+                total_bytes = sum(state[0] for state in self.states)
+                log_interval = self.options.work.log_interval
+                display = stack.enter_context(ProgressDisplay(sys.stderr, total_bytes, log_interval))
+                tally.tokenizer = crew.describe()
+                display.say(f"tokenizing with {tally.tokenizer}")
+                Assembly(work, writers, tally, display, digests).run(self.paths, crew)
+                self._check_not_empty(writers, tally, work)
+                recipe = self.recipe(digests.finish())
+                check_unchanged(self.paths, self.states)
+                # The last moment before the writers put their files in place: from here on the files there are ours.
+                for key in spec.json_keys:
+                    seal = manifest_path(self.options.dataset_prefix(key))
+                    write_record(self.record_path(key), recipe, self._results(tally), seal=seal)
+            for key, writer in writers.items():
+                self._describe(key, writer, tally)
+            work.discard()
+        return tally
 
+    def _crew(self, spec: EncoderSpec, work: Work, stack: ExitStack) -> Crew:
+        if self.options.work.workers == 1:
+            tokenizer = self.tokenizer if self.tokenizer_is_used else None
+            return OwnProcess(PartEncoder(spec, work.folder, work.run, tokenizer))
+        return stack.enter_context(WorkerProcesses(self.options.work.workers, spec, work.folder, work.run))
 
-def _check_not_empty(writers: dict[str, IndexedDatasetWriter], bad_lines: BadLines) -> None:
-    for key, writer in writers.items():
-        if writer.token_count == 0:
-            raise InputError(
-                f"--input: its {writer.document_count} documents hold no token under {key!r} ({bad_lines.describe()}); "
-                "check --input and --json-keys"
-            )
+    def _work_identity(self, spec: EncoderSpec) -> dict[str, Any]:
+        """All that a part's files depend on; parts made before a bad line stopped a run are good when it is skipped."""
+        return {
+            **asdict(spec),
+            "stop_at_bad": None,
+            "tokenizer_model": asdict(self.identity),
+            "inputs": [[str(path.resolve()), *state] for path, state in zip(self.paths, self.states, strict=True)],
+            "part_bytes": PART_BYTES,
+        }
 
+    def _check_not_empty(self, writers: Mapping[str, IndexedDatasetWriter], tally: Tally, work: Work) -> None:
+        for key, writer in writers.items():
+            if writer.token_count == 0:
+                work.discard()
+                raise InputError(
+                    f"--input: its {writer.document_count} documents hold no token under {key!r} "
+                    f"({tally.bad_lines.describe()}); check --input and --json-keys"
+                )
 
-def _results(bad_lines: BadLines, tally: _Tally, keys: Sequence[str]) -> dict[str, Any]:
-    return {
-        "bad_lines": bad_lines.counts.total(),
-        "bad_lines_summary": bad_lines.describe(),
-        "empty_documents": {key: tally.empty_documents[key] for key in keys},
-    }
+    def _results(self, tally: Tally) -> dict[str, Any]:
+        dates = {"dates": tally.days, "undated_documents": tally.undated}
+        return {
+            "bad_lines": tally.bad_lines.counts.total(),
+            "bad_lines_summary": tally.bad_lines.describe(),
+            "empty_documents": {key: tally.empty_documents[key] for key in self.keys},
+            **(dates if self.options.text.date_key is not None else {}),
+            "input_states": self.states,
+        }
 
+    def _describe(self, key: str, writer: IndexedDatasetWriter, tally: Tally) -> None:
+        manifest = describe_written(
+            writer,
+            name=self.options.increment_name(key),
+            tokenizer=self.identity,
+            text_bytes=tally.text_bytes[key],
+            append_eod=self.options.output.append_eod,
+            sources=tuple(str(path) for path in self.paths),
+        )
+        write_manifest(self.options.dataset_prefix(key), manifest)
 
-def _describe(
-    options: PreprocessOptions, key: str, paths: Sequence[Path], identity: TokenizerIdentity, tally: _Tally
-) -> IncrementManifest:
-    prefix = options.dataset_prefix(key)
-    manifest = describe_dataset(
-        prefix,
-        name=options.increment_name(key),
-        tokenizer=identity,
-        text_bytes=tally.text_bytes[key],
-        append_eod=options.output.append_eod,
-        sources=tuple(str(path) for path in paths),
-    )
-    write_manifest(prefix, manifest)
-    return manifest
+    def result(self, manifests: dict[str, IncrementManifest], *, up_to_date: bool, **figures: Any) -> PreprocessResult:
+        datasets = {self.options.dataset_prefix(key): manifest for key, manifest in manifests.items()}
+        return PreprocessResult(up_to_date, datasets, read_results(self.record_path(self.keys[0])), **figures)
 
 
 def describe_result(result: PreprocessResult) -> Iterator[str]:
@@ -306,4 +303,11 @@ def describe_result(result: PreprocessResult) -> Iterator[str]:
             f"  {manifest.documents:,} documents ({empty:,} empty), {manifest.text_bytes:,} bytes of text, "
             f"{manifest.tokens:,} tokens as {manifest.dtype}, {per_byte:.4f} tokens per byte"
         )
-    yield f"  {result.bad_lines_summary}; {result.wall_seconds:.1f} s"
+    if "dates" in result.results:
+        first, last = result.results["dates"] or ("none", "none")
+        yield f"  dates {first}..{last}, {result.results['undated_documents']:,} documents without one"
+    yield f"  {result.bad_lines_summary}"
+    if not result.up_to_date:
+        resumed = f", {result.parts_resumed} from an earlier run" if result.parts_resumed else ""
+        yield f"  tokenized by {result.tokenizer}"
+        yield f"  {result.parts} parts{resumed}; {result.wall_seconds:.1f} s, {result.cpu_seconds:.1f} CPU seconds"

@@ -22,6 +22,22 @@ def input_digests(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return [{"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in paths]
 
 
+def recorded_inputs(record: Path, paths: Sequence[Path], states: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """What :func:`input_digests` would say of ``paths``, by the record ``record`` of what was made of files like them.
+
+    Nothing is read where the record knows files in these very ``states``, or files of other sizes: these are then
+    without a digest, which no record is.
+    """
+    content = _read_record(record)
+    inputs: list[dict[str, Any]] = content["recipe"].get("inputs", [])
+    if content["results"].get("input_states") == [list(state) for state in states]:
+        return inputs
+    sizes = [{"bytes": path.stat().st_size} for path in paths]
+    if [{"bytes": each.get("bytes")} for each in inputs] != sizes:
+        return sizes
+    return input_digests(paths)
+
+
 def write_record(path: Path, recipe: Mapping[str, Any], results: Mapping[str, Any], *, seal: Path | None) -> None:
     """Record at ``path`` that the files beside it are made by ``recipe``.
 

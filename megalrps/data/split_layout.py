@@ -5,14 +5,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
-from megalrps.data.text import BadLine, BadLines, OnBadLine, Record, read_records
+from megalrps.data.dates import parse_day
+from megalrps.data.text import BadLine, BadLines, OnBadLine, OnRead, Record, read_records
 from megalrps.data.text_increments import is_held_out
 from megalrps.errors import InputError
 
-_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:[T ].*)?)?)?", re.ASCII | re.DOTALL)
 _SPLIT_NAME = re.compile(r"(?P<name>.+)\.(?P<part>train|val|valid)\.jsonl(?:\.gz|\.zst)?")
 
 
@@ -32,18 +31,7 @@ class SplitLayout:
     """The increments, oldest first, and a pass over all texts that can be made again."""
 
     names: tuple[str, ...]
-    read: Callable[[BadLines], Iterator[PlacedText]]
-
-
-def parse_day(value: str) -> str | None:
-    """The day (``YYYY-MM-DD``) of a date or time; the first one of a month or year; None for anything else."""
-    found = _DATE.fullmatch(value)
-    if found is None:
-        return None
-    try:
-        return date(*(int(part or 1) for part in found.groups())).isoformat()
-    except ValueError:
-        return None
+    read: Callable[[BadLines, OnRead | None], Iterator[PlacedText]]
 
 
 def are_split_files(paths: Sequence[Path]) -> bool:
@@ -69,11 +57,11 @@ def layout_of_files(paths: Sequence[Path], text_key: str) -> SplitLayout:
             raise InputError(f"--input: {path} has no {name}.{missing}.jsonl beside it; add it, or pass --parts")
     names = tuple(sorted(files))
 
-    def read(bad_lines: BadLines) -> Iterator[PlacedText]:
+    def read(bad_lines: BadLines, on_read: OnRead | None) -> Iterator[PlacedText]:
         for position, name in enumerate(names):
             # The held-out part first: of a text in both, the deduplication then keeps the one not trained on.
             for held_out in (True, False):
-                for record in read_records((files[name][held_out],), (text_key,), bad_lines):
+                for record in read_records((files[name][held_out],), (text_key,), bad_lines, on_read):
                     yield PlacedText(position, held_out, record.values[0], None)
 
     return SplitLayout(names, read)
@@ -89,8 +77,8 @@ def layout_by_date(
     count = len(boundaries) + 1
     names = tuple(f"inc{number:0{len(str(count))}d}" for number in range(1, count + 1))
 
-    def read(bad_lines: BadLines) -> Iterator[PlacedText]:
-        for day, record in _dated_records(paths, text_key, date_key, bad_lines):
+    def read(bad_lines: BadLines, on_read: OnRead | None) -> Iterator[PlacedText]:
+        for day, record in _dated_records(paths, text_key, date_key, bad_lines, on_read):
             text, written_date = record.values
             position = bisect.bisect_right(boundaries, day)
             yield PlacedText(position, is_held_out(text, held_out_modulo), text, written_date)
@@ -99,12 +87,19 @@ def layout_by_date(
 
 
 def equal_boundaries(
-    paths: Sequence[Path], parts: int, *, text_key: str, date_key: str, on_bad_line: OnBadLine
+    paths: Sequence[Path],
+    parts: int,
+    *,
+    text_key: str,
+    date_key: str,
+    on_bad_line: OnBadLine,
+    on_read: OnRead | None = None,
 ) -> tuple[str, ...]:
     """The days that cut the text into ``parts`` of about equal bytes; reads all of it once."""
     bytes_by_day: Counter[str] = Counter()
-    for day, record in _dated_records(paths, text_key, date_key, BadLines(on_bad_line)):
-        bytes_by_day[day] += len(record.values[0].encode())
+    for day, record in _dated_records(paths, text_key, date_key, BadLines(on_bad_line), on_read):
+        text = record.values[0]
+        bytes_by_day[day] += len(text) if text.isascii() else len(text.encode())
     if len(bytes_by_day) < parts:
         raise InputError(f"--parts {parts}: the text has only {len(bytes_by_day)} dates; pass fewer parts")
     return _cut(bytes_by_day, parts)
@@ -126,10 +121,10 @@ def _cut(bytes_by_day: Mapping[str, int], parts: int) -> tuple[str, ...]:
 
 
 def _dated_records(
-    paths: Sequence[Path], text_key: str, date_key: str, bad_lines: BadLines
+    paths: Sequence[Path], text_key: str, date_key: str, bad_lines: BadLines, on_read: OnRead | None
 ) -> Iterator[tuple[str, Record]]:
     """Each document with its day; its values are text and date as written. One without a date is a bad line."""
-    for record in read_records(paths, (text_key, date_key), bad_lines):
+    for record in read_records(paths, (text_key, date_key), bad_lines, on_read):
         day = parse_day(record.values[1])
         if day is None:
             kind = f"{date_key!r} is not a date"

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+import orjson
+
 from megalrps.data.manifest import check_increment_name
 from megalrps.data.recipe import is_ours
 from megalrps.data.text import text_files
@@ -157,10 +159,11 @@ class _PartWriter:
         self.text_bytes = 0
 
     def add(self, text: str, date: str | None) -> None:
-        document = {"text": text} if date is None else {"text": text, "date": date}
-        self._file_bytes += self._file.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+        # As json.dumps spaces it; orjson writes the texts just as that does, in a tenth of the time.
+        dated = b"" if date is None else b', "date": ' + orjson.dumps(date)
+        self._file_bytes += self._file.write(b'{"text": ' + orjson.dumps(text) + dated + b"}\n")
         self._documents += 1
-        self.text_bytes += len(text.encode())
+        self.text_bytes += len(text) if text.isascii() else len(text.encode())
         if date is not None:
             first, last = self._dates or (date, date)
             self._dates = min(first, date), max(last, date)

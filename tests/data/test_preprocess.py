@@ -1,7 +1,8 @@
 """From JSON lines to Megatron's files: the bytes, whatever the workers; nothing replaced by mistake."""
 
-import json
+import gzip
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,54 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+import zstandard
+from small_preprocessing import TEXTS, changed, contents, small_options, train_small_tokenizer, write_lines
 
+from megalrps.data.fast_check import CheckedTokenizer
 from megalrps.data.increment import open_increment
 from megalrps.data.manifest import read_manifest
-from megalrps.data.preprocess import (
-    InputOptions,
-    OutputOptions,
+from megalrps.data.preprocess import describe_result, preprocess
+from megalrps.data.preprocess_options import (
     PreprocessOptions,
-    TokenizerOptions,
     WorkOptions,
-    describe_result,
-    preprocess,
 )
-from megalrps.data.tokenizer_training import TokenizerTrainingOptions, train_tokenizer
+from megalrps.data.tokenizer import Encoded
 from megalrps.errors import InputError
 from megalrps.fingerprint import file_digest
-
-TEXTS = ["The quick brown fox", "", "jumps over the lazy dog", "naïve 日本 🦊", "", *(f"line {n}" for n in range(3000))]
 
 
 @pytest.fixture(scope="module")
 def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_lines(folder / "text.jsonl", [{"text": text} for text in TEXTS])
-    options = TokenizerTrainingOptions((str(folder / "text.jsonl"),), folder / "tok.model", vocab_size=320)
-    train_tokenizer(options)
-    return options.output
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
 def options(tmp_path: Path, tokenizer_model: Path) -> PreprocessOptions:
-    write_lines(tmp_path / "in.jsonl", [{"text": text, "title": text[:4]} for text in TEXTS])
-    return PreprocessOptions(
-        InputOptions((str(tmp_path / "in.jsonl"),)),
-        TokenizerOptions(tokenizer_model),
-        OutputOptions(tmp_path / "out" / "v1", append_eod=True),
-    )
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def changed(options: PreprocessOptions, section: str, **values: Any) -> PreprocessOptions:
-    return replace(options, **{section: replace(getattr(options, section), **values)})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+    return small_options(tmp_path, tokenizer_model)
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
@@ -77,8 +54,11 @@ def test_the_files_are_megatrons_byte_for_byte(options: PreprocessOptions, appen
     assert Path(f"{prefix}.idx").read_bytes() == index
 
 
-def test_the_output_is_the_same_for_any_number_of_workers(options: PreprocessOptions, tmp_path: Path) -> None:
+def test_the_output_is_the_same_for_any_number_of_workers(
+    options: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     preprocess(options)
+    monkeypatch.setattr("megalrps.data.parts.plan_parts.__defaults__", (2000,))
     other = changed(options, "output", output_prefix=tmp_path / "other" / "v1")
     preprocess(changed(other, "work", workers=2))
     assert contents(tmp_path / "other") == contents(tmp_path / "out")
@@ -236,10 +216,67 @@ def test_impossible_options_are_refused(
         preprocess(changed(options, section, **values))
 
 
+def test_compressed_input_and_tables_give_the_same_files(options: PreprocessOptions, tmp_path: Path) -> None:
+    preprocess(options)
+    lines = (tmp_path / "in.jsonl").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet", row_group_size=700)
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        other = changed(options, "text", input=(str(tmp_path / name),))
+        preprocess(changed(other, "output", output_prefix=tmp_path / name[2:] / "v1"))
+        for suffix in ("bin", "idx"):
+            file = f"v1_text_document.{suffix}"
+            assert (tmp_path / name[2:] / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), name
+
+
+def test_the_fast_tokenizer_and_the_reference_give_the_same_files(options: PreprocessOptions, tmp_path: Path) -> None:
+    preprocess(options)
+    other = changed(options, "tokenizer", tokenizer_backend="reference")
+    result = preprocess(changed(other, "output", output_prefix=tmp_path / "other" / "v1"))
+    assert result.tokenizer.startswith("sentencepiece ")
+    assert contents(tmp_path / "other") == contents(tmp_path / "out")
+
+
+def test_long_documents_have_the_same_tokens_in_pieces(
+    options: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [*(" ".join(TEXTS[number : number + 60]) for number in range(0, 2000, 50)), "", "short  "]
+    write_lines(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    preprocess(options)
+    for name, value in {"json_lines.LONG_LINE": 9, "long_lines._LONG_STRING": 5, "encode._PIECE_BYTES": 50}.items():
+        monkeypatch.setattr(f"megalrps.data.{name}", value)
+    batches: list[int] = []
+    encode = CheckedTokenizer.encode_batch
+
+    def counted(self: CheckedTokenizer, texts: Sequence[str]) -> Encoded:
+        batches.append(len(texts))
+        return encode(self, texts)
+
+    monkeypatch.setattr(CheckedTokenizer, "encode_batch", counted)
+    preprocess(changed(options, "output", output_prefix=tmp_path / "other" / "v1"))
+    assert contents(tmp_path / "other") == contents(tmp_path / "out")
+    pytest.importorskip("megalrps._native")
+    assert set(batches) == {1} and len(batches) > 5 * len(texts)
+
+
+def test_dates_are_told(options: PreprocessOptions, tmp_path: Path) -> None:
+    dates = ["2021-03", "2019-12-31T23:00:00Z", "soon", None, 2020]
+    write_lines(tmp_path / "in.jsonl", [{"text": "a text", "date": date} for date in dates] + [{"text": "none"}])
+    result = preprocess(changed(options, "text", date_key="date"))
+    assert "dates 2019-12-31..2021-03-01, 4 documents without one" in "\n".join(describe_result(result))
+    again = preprocess(changed(options, "text", date_key="date"))
+    assert again.up_to_date and again.results == result.results
+
+
 def test_progress_is_a_plain_line_where_there_is_no_terminal(
     options: PreprocessOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = changed(options, "tokenizer", tokenizer_backend="reference")
     preprocess(replace(options, work=WorkOptions(log_interval=1000)))
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["1", "2", "3"]  # thousands of documents
-    assert all("MB/s" in line and "s left" in line for line in lines)
+    which, *lines = capsys.readouterr().err.splitlines()
+    assert which.startswith("tokenizing with sentencepiece ")
+    assert [line.split(" documents, ")[0] for line in lines] == [f"{len(TEXTS):,}"]
+    assert all("100%" in line and "MB/s" in line and line.endswith(" 0 s left") for line in lines)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalrps.data.dates import parse_day
+from megalrps.data.first_places import FirstPlaces
 from megalrps.data.split import SplitOptions, split_increments
-from megalrps.data.split_layout import parse_day
 from megalrps.data.text_increments import describe_increments, is_held_out, read_increments
 from megalrps.errors import InputError
 
@@ -104,6 +106,45 @@ def test_a_duplicate_stays_in_the_earliest_increment_only(options: SplitOptions,
     assert last["date"] > "2003" and increments[last["text"]] != "inc1"
 
 
+def test_first_places_are_those_of_a_dictionary() -> None:
+    chance = random.Random(6)
+    texts = [(f"text {chance.randrange(400)}", chance.randrange(5)) for _ in range(2000)]
+    places, earliest = FirstPlaces(), {}
+    for number, (text, increment) in enumerate(texts):
+        places.look(text, increment)
+        earliest[text] = min(earliest.get(text, (increment, number)), (increment, number))
+    expected = [earliest[text] == (increment, number) for number, (text, increment) in enumerate(texts)]
+    assert [places.take() for _ in texts] == expected and 300 < sum(expected) <= 400
+    with pytest.raises(RuntimeError, match="more texts"):
+        places.take()
+
+
+def test_lines_are_written_as_the_json_module_writes_them(options: SplitOptions, tmp_path: Path) -> None:
+    every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    lines = [{"text": every, "date": '2001-01-01T\u00e9"'}, *LINES]
+    write_lines(tmp_path / "in.jsonl", lines)
+    split_increments(options)
+    written = b"".join((options.output / f"inc1.{part}.jsonl").read_bytes() for part in ("train", "valid"))
+    assert json.dumps(lines[0], ensure_ascii=False).encode() + b"\n" in written
+
+
+def test_a_replaced_split_is_recognised_when_its_input_has_moved(options: SplitOptions, tmp_path: Path) -> None:
+    split_increments(options)
+    write_lines(tmp_path / "in.jsonl", [*LINES, LINES[0]])
+    with pytest.raises(InputError, match="made with different inputs"):
+        split_increments(options)
+    assert not split_increments(replace(options, overwrite=True)).up_to_date
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "in.jsonl").rename(tmp_path / "folder" / "in.jsonl")
+    assert split_increments(replace(options, input=(str(tmp_path / "folder" / "in.jsonl"),))).up_to_date
+
+
+def test_progress_is_told(options: SplitOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    split_increments(replace(options, deduplicate=True, boundaries=(), parts=3, log_interval=900))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("960 documents, 100%, ") for line in lines)
+
+
 def test_a_text_both_trained_on_and_held_out_is_kept_held_out(tmp_path: Path) -> None:
     write_lines(tmp_path / "in" / "a.train.jsonl", [{"text": "both"}, {"text": "train"}])
     write_lines(tmp_path / "in" / "a.val.jsonl", [{"text": "both"}])
@@ -166,6 +207,7 @@ def test_a_line_without_a_date_is_bad(options: SplitOptions, tmp_path: Path) -> 
         ({"boundaries": ("2010", "2009")}, "must lie after"),
         ({"boundaries": ("2010-13-01",)}, "--boundaries 2010-13-01: not a date"),
         ({"held_out_modulo": 1}, "--held-out-modulo 1"),
+        ({"log_interval": 0}, "--log-interval 0"),
     ],
 )
 def test_impossible_options_are_refused(options: SplitOptions, values: dict[str, object], message: str) -> None:

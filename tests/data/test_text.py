@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalrps.data.text import BadLines, expand_inputs, parse_batch, read_batches, read_records
+from megalrps.data.text import BadLines, expand_inputs, read_records
 from megalrps.errors import InputError
 
 COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -105,22 +105,21 @@ def test_documents_before_a_bad_line_are_handed_out_first(tmp_path: Path) -> Non
         next(records)
 
 
-def test_batches_stay_within_files_and_count_the_bytes_read(tmp_path: Path) -> None:
-    first = write(tmp_path, b'{"text": "a"}\n' * 3000, ".gz", "a.jsonl")
+def test_who_asks_hears_how_much_is_read(tmp_path: Path) -> None:
+    first = write(tmp_path, b'{"text": "a"}\n' * 120_000, ".gz", "a.jsonl")
     second = write(tmp_path, b'{"text": "b"}\n', name="b.jsonl")
-    batches = list(read_batches([first, second]))
-    assert {batch.path for batch in batches[:-1]} == {str(first)}
-    assert sum(len(batch.lines) for batch in batches) == 3001
-    assert [batch.first_line for batch in batches] == [1, 1025, 2049, 1]
-    assert batches[-1].bytes_read == first.stat().st_size + second.stat().st_size
+    heard: list[tuple[int, int]] = []
+    records = read_records([first, second], ("text",), BadLines("error"), lambda *each: heard.append(each))
+    assert sum(1 for _ in records) == sum(documents for documents, _ in heard) == 120_001
+    assert sum(read for _, read in heard) == first.stat().st_size + second.stat().st_size
+    assert len(heard) > 2
 
 
 def test_a_line_is_bad_as_a_whole_if_one_of_several_keys_is(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"a": "1", "b": "2"}\n{"a": "3"}\n')
-    (batch,) = read_batches([path])
-    records, bad = parse_batch(batch, ("a", "b"))
-    assert [record.values for record in records] == [("1", "2")]
-    assert [line.number for line in bad] == [2]
+    bad_lines = BadLines("skip")
+    assert [record.values for record in read_records([path], ("a", "b"), bad_lines)] == [("1", "2")]
+    assert bad_lines.first["no key 'b'"].number == 2
 
 
 def test_inputs_are_files_folders_and_globs(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ import torch
 from megalrps.checkpoint.lineage import Lineage
 from megalrps.checkpoint.record import CheckpointRecord
 from megalrps.config import Config
+from megalrps.data.stream import SampleBatch
 from megalrps.errors import InputError, PreemptedError
 from megalrps.parallel.group import Group
 from megalrps.parallel.world import World
+from megalrps.paths.plan import Window
 from megalrps.training import loop
 from megalrps.training.continuation import as_planned, check_continuation
 from megalrps.training.control import Control
@@ -134,10 +136,10 @@ class _Identified:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def samples(self, indices: Any) -> Any:
+    def batch(self, indices: Any) -> SampleBatch:
         ordinals, places = self.stream.locate(indices)
         letters = np.array([ord(increment.manifest.name) for increment in self.stream.increments])
-        return np.stack((letters[ordinals], places), axis=1)
+        return SampleBatch(np.stack((letters[ordinals], places), axis=1))
 
 
 _STREAMS: dict[Any, Any] = {}
@@ -154,10 +156,11 @@ class IdentifiedJob(Job):
     def resolved(self) -> dict[str, Any]:
         return self._resolved
 
-    def stream(self, names: tuple[str, ...]) -> Any:
-        key = (names, tuple(self.data_fingerprints().items()), self.config.data.seq_length, self.config.training.seed)
+    def stream(self, window: Window) -> Any:
+        contents = tuple(self.data_fingerprints().items())
+        key = (window.increments, window.replay, contents, self.config.data.seq_length, self.config.training.seed)
         if key not in _STREAMS:
-            _STREAMS[key] = _Identified(super().stream(names))
+            _STREAMS[key] = _Identified(super().stream(window))
         return _STREAMS[key]
 
 

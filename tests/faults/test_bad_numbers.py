@@ -227,7 +227,7 @@ def events(run: Path) -> list[dict[str, Any]]:
 def drawn(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[int]]]:
     """The samples of every step, as the stream itself has them."""
     with opened(command(data, tmp_path_factory.mktemp("asked") / "run")) as run:
-        _, places = run.job.stream(("a",)).locate(np.arange(STEPS * BATCH))
+        _, places = run.job.union("a").locate(np.arange(STEPS * BATCH))
     return {step: {"a": places[(step - 1) * BATCH :][:BATCH].tolist()} for step in range(1, STEPS + 1)}
 
 

@@ -313,7 +313,7 @@ def by_modulo(self: Loop, window: Window, step: int) -> Batch:
     data, size = self.run.mesh.data, self.options.global_batch_size
     first = (step - 1 - window.start) * size
     places = np.arange(first + data.rank, first + size, data.size, dtype=np.int64)
-    return Batch(self._stream(window).samples(places), size)
+    return Batch(self._stream(window).batch(places).tokens_BS, size)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ import random
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +26,11 @@ import pytest
 import tyro
 from counts import count, record, seed
 
+from megalrps.data import parts
 from megalrps.data.increment import open_increment
 from megalrps.data.indexed import IndexedDataset, bin_path, idx_path, manifest_path
-from megalrps.data.preprocess import PreprocessOptions, preprocess
+from megalrps.data.preprocess import preprocess
+from megalrps.data.preprocess_options import InputOptions, OutputOptions, PreprocessOptions, TokenizerOptions
 from megalrps.data.split import SplitOptions, split_increments
 from megalrps.data.text_increments import INDEX_NAME, read_increments
 from megalrps.data.tokenizer import load_tokenizer
@@ -37,6 +41,8 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 KILLS_OF_A_JOB = count("F17", small=22, full=10_000)
 """At most so many of a job's; the full number is every one there is."""
 OPERATIONS = ("mkdir", "open", "write", "fsync", "replace", "rename", "unlink", "rmdir", "truncate")
+PART_BYTES = 128
+"""Two documents or so: the work of a run is several parts."""
 FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 Contents = dict[str, bytes]
 
@@ -113,9 +119,9 @@ class CountedFile:
 
 
 def contents(folder: Path) -> Contents:
-    """What a reader may see; partial files are hidden ones."""
+    """What a reader may see; partial files are hidden ones, and unfinished work is a folder."""
     paths = folder.iterdir() if folder.exists() else ()
-    return {path.name: path.read_bytes() for path in paths if not path.name.startswith(".")}
+    return {path.name: path.read_bytes() for path in paths if path.is_file() and not path.name.startswith(".")}
 
 
 def check_datasets(folder: Path, states: list[Contents]) -> None:
@@ -165,8 +171,8 @@ class Job:
     def command(self, inputs: Path, folder: Path, replaces: bool) -> list[str]:
         return [*self.arguments(inputs, folder), *(["--overwrite"] if replaces else [])]
 
-    def run(self, inputs: Path, folder: Path, replaces: bool = False) -> None:
-        self.make(tyro.cli(self.options, args=self.command(inputs, folder, replaces), config=FLAGS))
+    def run(self, inputs: Path, folder: Path, replaces: bool = False) -> Any:
+        return self.make(tyro.cli(self.options, args=self.command(inputs, folder, replaces), config=FLAGS))
 
 
 JOBS = {
@@ -258,6 +264,7 @@ def kill_everywhere(
     In a process of its own that has no threads and so can fork: the tools are imported once for all the kills.
     """
     os.fsync = lambda descriptor: None  # as in KillAt
+    parts.plan_parts.__defaults__ = (PART_BYTES,)
     job, (first, second) = JOBS[name], sources
     old, new = folder / "old", folder / "new"
     job.run(first, old)
@@ -276,18 +283,32 @@ def kill_everywhere(
     assert attempt(folder / "whole", -1, False) == 0 and contents(folder / "whole") == states[0]
     kinds = json.loads((folder / "kinds").read_text())
     cases, failures = cases_of(kinds, most, random.Random(chosen_seed)), []
+    resumed: list[int] = []
     for operation, halfway in cases:
         place = folder / f"{operation}-{halfway}"
         try:
             status = attempt(place, operation, halfway)
             assert status == -signal.SIGKILL, f"ended with {status}"
             check_survivors(job, place, states)
-            job.run(second, place, replaces)
+            finished = finished_parts(place)
+            result = job.run(second, place, replaces)
             assert contents(place) == states[0], "made again, the files are others"
+            assert not list(place.glob("*.work")), "work that is done is left behind"
+            if name == "preprocess_data" and not result.up_to_date:
+                assert result.parts_resumed == finished, f"{result.parts_resumed} of {finished} parts are reused"
+                resumed.append(finished)
         except Exception as error:
             failures.append(f"killed {'in' if halfway else 'before'} operation {operation}: {error!r:.500}")
         shutil.rmtree(place)
+    if name == "preprocess_data" and not len(set(resumed)) > 2:
+        failures.append(f"hardly ever was there anything to reuse: {resumed}")
     return kinds, len(cases), failures
+
+
+def finished_parts(folder: Path) -> int:
+    """Whole lines of the journal that a killed run left, but the first."""
+    journals = list(folder.glob("*.work/journal"))
+    return max(0, journals[0].read_bytes().count(b"\n") - 1) if journals else 0
 
 
 def check_survivors(job: Job, folder: Path, states: list[Contents]) -> None:
@@ -315,3 +336,59 @@ def test_kill_at_every_file_operation(
     record("F17", **{f"{name} {'replacing' if replaces else 'new'}": figures})
     assert operations.count("replace") >= 2 and operations.count("write") >= 2, f"what is seen: {operations}"
     assert not failures, f"seed {seed()}, operations {operations}: " + "; ".join(failures[:5])
+
+
+KILLED_PROGRAM = """
+import multiprocessing, os, signal, sys
+from megalrps.data import parts
+from megalrps.data.journal import Work
+from megalrps.data.preprocess import preprocess
+from megalrps.data.preprocess_options import *
+
+def dying(work, part, accept=Work.accept):
+    if len(work._places) == 3:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    accept(work, part)
+
+if __name__ == "__main__":
+    Work.accept = dying
+    parts.plan_parts.__defaults__ = (128,)
+    text, model, prefix = sys.argv[1:]
+    options = InputOptions((text,)), TokenizerOptions(Path(model)), OutputOptions(Path(prefix))
+    preprocess(PreprocessOptions(*options, WorkOptions(workers=2)))
+"""
+
+
+def test_workers_end_with_a_killed_run_and_their_parts_are_kept(
+    tmp_path: Path, sources: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text(KILLED_PROGRAM)
+    text, model = sources[0] / "text.jsonl", sources[0].parent / "tok.model"
+    command = [sys.executable, str(tmp_path / "program.py"), str(text), str(model), str(tmp_path / "out" / "v")]
+    killed = subprocess.run(command, cwd=TOOLS.parent, env={"PYTHONPATH": str(TOOLS.parent)}, stdout=-1, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    workers = [int(number) for number in killed.stdout.split()]
+    assert len(workers) == 2
+    until = time.monotonic() + 60
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < until, "a worker outlives the run that it worked for"
+        time.sleep(0.05)
+    assert finished_parts(tmp_path / "out") == 3
+    monkeypatch.setattr("megalrps.data.parts.plan_parts.__defaults__", (PART_BYTES,))
+
+    def options(prefix: Path) -> PreprocessOptions:
+        return PreprocessOptions(InputOptions((str(text),)), TokenizerOptions(model), OutputOptions(prefix))
+
+    result = preprocess(options(tmp_path / "out" / "v"))
+    assert result.parts_resumed == 3 and result.parts > 4
+    preprocess(options(tmp_path / "whole" / "v"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def is_running(process: int) -> bool:
+    """Whether the process is there, and not just not yet waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -45,7 +45,7 @@ EXECUTED = [
 SMALL = ("--num-layers", "1", "--hidden-size", "16", "--ffn-hidden-size", "32", "--save-interval", str(INTERVAL))
 
 PHASES: dict[str, tuple[Any, str]] = {
-    "data": (SampleStream, "samples"),
+    "data": (SampleStream, "batch"),
     "forward": (Transformer, "forward"),
     "backward": (torch.Tensor, "backward"),
     "gradient reduction": (FlatBuffers, "finish_gradients"),

@@ -21,8 +21,10 @@ from megalrps.config import parse_config
 from megalrps.errors import InputError, PreemptedError, RepeatedError
 from megalrps.evaluation import report
 from megalrps.parallel.world import World
+from megalrps.paths.plan import Window
 from megalrps.training import loop
 from megalrps.training.loop import Loop
+from megalrps.training.step import Batch
 
 STEPS, HALF = 30, 15
 HEADS = ("--num-attention-heads", "4", "--num-query-groups", "2")
@@ -61,25 +63,24 @@ def watched(arguments: list[str], world: World) -> Told:
     """Train until the end, or until the launch is asked to stop."""
     ids: Ids = {}
     at_first: list[Pieces] = []
-    step = Loop.step
+    step, batch = Loop.step, Loop.batch
 
     def noting(self: Loop, segment: Any) -> None:
         if not at_first:
             at_first.append(pieces(self.state.tensors().items()))
-        now, stream = self.state.step + 1, self._stream(self.plan.window_at(segment.path, self.state.step + 1))
-        draw = stream.samples
+        step(self, segment)
 
-        def drawing(indices: np.ndarray) -> np.ndarray:
-            ids[segment.path, now] = list(zip(*(each.tolist() for each in stream.locate(indices)), strict=True))
-            return draw(indices)
-
-        with mock.patch.object(stream, "samples", drawing):
-            step(self, segment)
+    def drawing(self: Loop, window: Window, now: int) -> Batch:
+        drawn, indices, stream = batch(self, window, now), self._draw(window, now).indices(), self._stream(window)
+        assert np.array_equal(drawn.tokens, stream.samples(indices))
+        ids[str(self.state.path), now] = list(zip(*(each.tolist() for each in stream.locate(indices)), strict=True))
+        return drawn
 
     undrawn = SimpleNamespace(page="")
     with (
         mock.patch.object(report, "write_report", lambda run, page: undrawn),
         mock.patch.object(Loop, "step", noting),
+        mock.patch.object(Loop, "batch", drawing),
         opened(arguments, world) as run,
     ):
         try:

@@ -32,7 +32,7 @@ from megalrps.checkpoint.manifest import parse_manifest, render
 from megalrps.checkpoint.store import Store
 from megalrps.config import parse_config
 from megalrps.data.increment import open_increment
-from megalrps.data.indexed import bin_path, idx_path, manifest_path
+from megalrps.data.index_format import bin_path, blocks_path, idx_path, manifest_path
 from megalrps.data.tokenizer import load_tokenizer
 from megalrps.errors import InputError
 from megalrps.evaluation.run_files import read_run
@@ -108,7 +108,7 @@ def slots(root: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
             lambda: load_tokenizer("HuggingFaceTokenizer", root / "tokenizer.json"),
         ),
     }
-    for file in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
+    for file in (bin_path(prefix), idx_path(prefix), blocks_path(prefix), manifest_path(prefix)):
         made[f"increment's {file.name}"] = (file, lambda: open_increment(prefix, verify=True))
     return made
 
