@@ -123,8 +123,11 @@ def has_new_characters(text: str) -> bool:
     """Whether ``text``, not all ASCII, has characters that the two libraries take for something else."""
     if any(character in text for character in _NEW_CHARACTERS):
         return True
-    # A str takes four bytes a character where, and only where, one is beyond U+FFFF. The search is slow.
-    return text.__sizeof__() >= 4 * len(text) and _NEW_ASTRAL.search(text) is not None
+    # A str takes four bytes a character where, and only where, one is beyond U+FFFF. A search in all of it is slow.
+    if text.__sizeof__() < 4 * len(text):
+        return False
+    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return _NEW_ASTRAL.search("".join(map(chr, np.unique(points[points > 0xFFFF])))) is not None
 
 
 def check_model(library: Any) -> None:

@@ -3,7 +3,6 @@
 The libraries are imported only when a tokenizer is loaded, so a command that has nothing to tokenize starts at once.
 """
 
-import importlib.metadata
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         _check_file(model)
-        self.backend = f"sentencepiece {importlib.metadata.version('sentencepiece')}"
+        self.backend = f"sentencepiece {sentencepiece.__version__}"
         self.library = sentencepiece.SentencePieceProcessor()
         try:
             self.library.LoadFromSerializedProto(model.read_bytes())
@@ -124,7 +123,7 @@ class HuggingFaceTokenizer:
     def __init__(self, model: Path, eod_token: str | None = None, special_tokens: bool = True) -> None:
         import tokenizers
 
-        self.backend = f"tokenizers {importlib.metadata.version('tokenizers')}"
+        self.backend = f"tokenizers {tokenizers.__version__}"
         if model.is_dir():
             eod_token = eod_token or _configured_eos_token(model / "tokenizer_config.json")
             model = model / "tokenizer.json"
