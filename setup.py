@@ -53,8 +53,9 @@ WARNING = """
 WARNING: megalrps is being installed WITHOUT its compiled extension
          (megalrps._native), because {reason}
 
-What still works: everything. The sample order is computed by numpy instead:
-the same numbers, bit for bit, but slower. AdamW on a CPU is computed by torch
+What still works: everything. Samples are ordered and gathered by numpy instead:
+the same numbers, bit for bit, but slower. SentencePiece models are tokenized by
+their own library: the same ids, but slower. AdamW on a CPU is computed by torch
 instead: the same formula, other last bits, slower.
 To mend it: install {mend},
 then run: python setup.py build_ext --inplace

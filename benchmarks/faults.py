@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,6 +103,15 @@ def datasets(faults: Faults) -> str:
     return (
         f"{found['mutants']:,} changed datasets: {found['silent']} accepted, {found['crashes']} crashes; "
         f"{calls['calls']:,} hostile calls of native code: {calls['signals']} signals, {calls['wrong']} wrong answers"
+    )
+
+
+def tokenizers(faults: Faults) -> str:
+    """Fast tokenizers beside the reference libraries."""
+    found = [each for name, each in faults.items() if name.startswith("tokenizers, ")]
+    return (
+        f"{sum(each['documents'] for each in found):,} odd and real texts by fast tokenizers: "
+        f"{sum(each.get('different', 0) for each in found)} with other ids"
     )
 
 
@@ -195,6 +204,11 @@ PROMISES: tuple[tuple[str, Callable[[Faults], str], str], ...] = (
         "A killed launcher leaves no rank that trains on, and a launch that was taken over commits nothing",
         launcher,
         "F8 `test_killed_launcher.py`",
+    ),
+    (
+        "A fast tokenizer gives the ids of the reference library; a model or a text outside the proof is left to that",
+        tokenizers,
+        "`test_tokenizer_identity.py`",
     ),
     ("A loss or gradient that is no number reaches no checkpoint", bad_numbers, "F9 `test_bad_numbers.py`"),
     (
@@ -295,12 +309,15 @@ def run_file(file: Path, seed: int, scratch: Path) -> tuple[Path, int]:
     return file, status
 
 
-def run(seed: int, processes: int, scratch: Path) -> tuple[dict[str, Any], dict[str, int], float]:
+def run(
+    seed: int, processes: int, scratch: Path, only: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, int], float]:
     """The figures of one full run of tests/faults, the numbers of its tests and the seconds that its files took.
 
     Ends the program when one fails.
     """
     files = sorted((ROOT / "tests" / "faults").glob("test_*.py"), key=lambda file: (file.stem not in LONG, file.stem))
+    files = [file for file in files if not only or file.stem in only]
     with ThreadPoolExecutor(processes) as pool:
         ended = list(pool.map(lambda file: run_file(file, seed, scratch), files))
     if failed := [file for file, status in ended if status]:
@@ -326,6 +343,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the JSON here, and the page's tables where it is the page's")
     parser.add_argument("--seed", type=int, help="of the faults (default: a fresh one, printed)")
     parser.add_argument("--processes", type=int, default=2, help="test files at a time")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="test files to run again; --output keeps all other figures"
+    )
     parser.add_argument("--pages-only", action="store_true", help="only write docs/reliability.md from the figures")
     options = parser.parse_args()
     if options.pages_only:
@@ -336,7 +356,13 @@ def main() -> None:
     before = os.getloadavg()
     scratch = ROOT / "build" / "faults" / str(seed)
     scratch.mkdir(parents=True, exist_ok=True)
-    faults, tests, seconds = run(seed, options.processes, scratch)
+    faults, tests, seconds = run(seed, options.processes, scratch, options.only)
+    again: dict[str, Any] = {}
+    if options.only:
+        kept = json.loads(options.output.read_text(encoding="utf-8"))
+        again = {"run_again": {"files": options.only, "seconds_of_tests": round(seconds), "tests": tests}}
+        faults = {name: {**kept["faults"], **faults}[name] for name in sorted({*kept["faults"], *faults})}
+        tests, seconds = kept["tests"], kept["seconds_of_tests"]
     result = {
         "command": shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]]),
         "convention": "every fault of tests/faults in its full number, drawn from the seed; a figure is what the "
@@ -356,6 +382,7 @@ def main() -> None:
         "seed": seed,
         "seconds_of_tests": round(seconds),
         "tests": tests,
+        **again,
         "faults": faults,
     }
     text = json.dumps(result, indent=2)

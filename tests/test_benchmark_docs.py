@@ -204,6 +204,21 @@ def test_memory_is_quoted_to_the_letter() -> None:
         assert page.read_text(encoding="utf-8") == text, f"{page} is stale: python benchmarks/memory.py --pages-only"
 
 
+def test_the_figures_of_data_are_quoted_to_the_letter() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import data_tables
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert len(data_tables.BLOCK.findall(page)) == 5
+    assert page == data_tables.rendered(page, read("data")), "stale: python benchmarks/data_tables.py"
+
+
+def test_both_sides_made_the_same_data() -> None:
+    result = read("data")
+    assert all(all(result["preprocess"][kind]["identical"].values()) for kind in ("huggingface", "sentencepiece"))
+    assert all(result["workers"][kind]["one_output"] for kind in ("huggingface", "sentencepiece"))
+
+
 def test_the_promises_are_quoted_to_the_letter() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import faults
