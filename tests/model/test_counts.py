@@ -74,7 +74,8 @@ def test_preset_operations_per_token_at_2048(name, square, causal):
 class CountableLayers(LocalLayers):
     """Attention as plain matrix products over the full square, which the counter sees."""
 
-    def attention(self, query_BSND, key_BSKD, value_BSKD):
+    def attention(self, query_BSND, key_BSKD, value_BSKD, documents=None):
+        assert documents is None
         return attention_reference(query_BSND, key_BSKD, value_BSKD)
 
 
