@@ -274,10 +274,11 @@ def defects(result: Mapping[str, Any]) -> str:
 def conditions(result: Mapping[str, Any]) -> str:
     """On what, when and from which seed."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    again = f"Then `{result['run_again']['command']}`.\n" if "run_again" in result else ""
     return (
         f"`{result['command']}`: {result['date']}, {result['device']['cores']} cores, "
         f"{versions}; seed {result['seed']}, {result['tests']['passed']} tests passed and {result['tests']['skipped']} "
-        f"skipped, {result['seconds_of_tests'] / 60:.0f} minutes of tests, several files at a time.\n"
+        f"skipped, {result['seconds_of_tests'] / 60:.0f} minutes of tests, several files at a time.\n{again}"
     )
 
 
@@ -357,12 +358,6 @@ def main() -> None:
     scratch = ROOT / "build" / "faults" / str(seed)
     scratch.mkdir(parents=True, exist_ok=True)
     faults, tests, seconds = run(seed, options.processes, scratch, options.only)
-    again: dict[str, Any] = {}
-    if options.only:
-        kept = json.loads(options.output.read_text(encoding="utf-8"))
-        again = {"run_again": {"files": options.only, "seconds_of_tests": round(seconds), "tests": tests}}
-        faults = {name: {**kept["faults"], **faults}[name] for name in sorted({*kept["faults"], *faults})}
-        tests, seconds = kept["tests"], kept["seconds_of_tests"]
     result = {
         "command": shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]]),
         "convention": "every fault of tests/faults in its full number, drawn from the seed; a figure is what the "
@@ -382,9 +377,13 @@ def main() -> None:
         "seed": seed,
         "seconds_of_tests": round(seconds),
         "tests": tests,
-        **again,
         "faults": faults,
     }
+    if options.only:
+        kept = json.loads(options.output.read_text(encoding="utf-8"))
+        merged = {**kept["faults"], **faults}
+        again = {name: each for name, each in result.items() if name not in ("faults", "convention", "device")}
+        result = {**kept, "run_again": again, "faults": {name: merged[name] for name in sorted(merged)}}
     text = json.dumps(result, indent=2)
     print(text)
     if options.output:
