@@ -12,6 +12,7 @@ preprocess  whole tools on --corpus: CPU seconds, memory, and whether their file
 workers     our tool on --large-corpus with 1 and 2 workers: wall seconds, memory of the largest process
 startup     whole tools on a file of three lines
 fetch       random samples of the dataset just made: windows, with documents, packed
+feed        what an update of 10 ms waits for its 64 samples, by threads that read ahead
 opening     from a prefix to its first sample, for --documents documents (see benchmarks/big_increment.py)
 blend       which dataset a sample of a blend is of
 verify      tools/verify_data.py on the increment that --large-corpus makes: bytes a CPU second
@@ -113,6 +114,13 @@ def fetch(work: Work) -> dict[str, Any]:
     }
 
 
+def feed(work: Work) -> dict[str, Any]:
+    """How long updates wait for their samples."""
+    prefix = _made(work, work.options.corpus)
+    results = in_turns(["feed", prefix, "--samples", "6400", "--batches", "64"], None, work.megatron, work.repetitions)
+    return medians(results["ours"])
+
+
 def opening(work: Work) -> dict[str, Any]:
     """Our opening of a big increment, and what the peer's indices of a smaller one come to at that size."""
     documents = int(work.options.documents)
@@ -158,6 +166,7 @@ SECTIONS: Mapping[str, Callable[[Work], dict[str, Any]]] = {
     "workers": workers,
     "startup": startup,
     "fetch": fetch,
+    "feed": feed,
     "opening": opening,
     "blend": blend,
     "verify": verify,

@@ -62,6 +62,40 @@ def opening(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def feed(options: argparse.Namespace) -> dict[str, Any]:
+    """Microseconds that an update waits for its samples, by threads that read ahead.
+
+    Updates are imitated: half of each holds the interpreter, as launching kernels does, and half waits without it, as
+    for a device.
+    """
+    from megalrps.paths.plan import Window
+    from megalrps.training.feed import Draw, Feed, Share
+
+    stream = SampleStream([open_increment(options.prefix)], options.sequence_length, 1234, Reading(documents=True))
+    window, size, updates = Window(0, 1 << 40, ("any",)), options.batches[-1], options.samples // options.batches[-1]
+
+    def read(draw: Draw) -> Share:
+        batch = stream.batch(draw.indices())
+        return Share(batch.tokens_BS, batch.starts_BS, batch.counted_BS)
+
+    waits: dict[str, float] = {}
+    for threads in (0, 1, 2):
+        draws = [Draw(window, update * size, size) for update in range(updates)]
+        waited = []
+        with Feed(read, threads=threads) as reading:
+            reading.follow(draws)
+            for draw in draws:
+                started = time.perf_counter()
+                reading.take(draw)
+                waited.append(time.perf_counter() - started)
+                until = time.thread_time() + options.update_seconds / 2
+                while time.thread_time() < until:
+                    pass
+                time.sleep(options.update_seconds / 2)
+        waits[str(threads)] = statistics.median(waited) * 1e6
+    return {"samples_an_update": size, "update_seconds": options.update_seconds, "median_wait_microseconds": waits}
+
+
 def blend(options: argparse.Namespace) -> dict[str, Any]:
     """Nanoseconds a sample to say whose it is, the largest error of a prefix, and the memory of the table."""
     weights = [Fraction(text) for text in options.weights]
@@ -125,16 +159,18 @@ def _resident() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="what our data classes take; prints one JSON object")
-    parser.add_argument("what", choices=("fetch", "opening", "blend"))
+    parser.add_argument("what", choices=("fetch", "feed", "opening", "blend"))
     parser.add_argument("prefix", nargs="?", default="")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--update-seconds", type=float, default=0.01)
     parser.add_argument("--weights", nargs="+", default=[])
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     measures: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "fetch": fetch,
+        "feed": feed,
         "opening": opening,
         "blend": blend,
     }

@@ -88,7 +88,13 @@ def data_fetch(result: Result) -> str:
         ratios = tuple(f"{fetch['ratio'][each]:.1f}" if each in fetch["ratio"] else "" for each in (one, eight))
         rows.append((label, f"{fetch['ours'][one]:,}", f"{fetch['ours'][eight]:,}", peer, *ratios))
     header = ("samples a CPU second", "ours, one at a time", "ours, 8 at a time", "GPTDataset", "ratio", "ratio of 8")
-    return table(header, *rows)
+    feed = result["feed"]
+    waits = ", ".join(f"{value:,.0f} us with {name}" for name, value in feed["median_wait_microseconds"].items())
+    return (
+        f"{table(header, *rows)}\n"
+        f"What an update of {feed['update_seconds'] * 1e3:.0f} ms, half of it spent in Python, waits for its "
+        f"{feed['samples_an_update']:.0f} samples with documents, by `--num-workers`: {waits}.\n"
+    )
 
 
 def data_opening(result: Result) -> str:
