@@ -79,7 +79,8 @@ def test_the_flags_are_those_of_the_help(program: str, runs: Runs) -> None:
 TORCHRUNS_FLAGS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--rdzv-backend", "--max-restarts"}
 OTHERS_FLAGS = TORCHRUNS_FLAGS | {"--nodes", "--constraint", "--no-build-isolation"}  # sbatch's, pip's
 OTHERS_FLAGS |= {"--cpp_ext", "--cuda_ext", "--signal", "--signals-to-handle"}  # apex's, sbatch's, torchrun's
-OTHERS_FLAGS |= {"--full-faults", "--faults-seed", "--processes"}  # of tests/faults/conftest.py, benchmarks/faults.py
+OTHERS_FLAGS |= {"--full-faults", "--faults-seed"}  # of tests/faults/conftest.py
+OTHERS_FLAGS |= {"--processes", "--only"}  # of benchmarks/faults.py
 UNCHECKED = {PAGE, PAGE.with_name("benchmarks.md"), PAGE.with_name("log.md")}  # benchmarks have options of their own
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(set(PAGE.parent.glob("*.md")) - UNCHECKED)]
 
