@@ -4,7 +4,6 @@ As with the plain stream, sample i is a pure function of content, weights, seed 
 of the shares.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -17,11 +16,10 @@ from megalrps.data.apportionment import Apportionment
 from megalrps.data.blend import OpenBlend, OpenData
 from megalrps.data.increment import OpenIncrement
 from megalrps.data.packing import Packing
-from megalrps.data.permutation import KeyedPermutation
+from megalrps.data.permutation import EpochOrders
 from megalrps.data.stream import Reading, SampleBatch, SampleSource, SampleStream
 from megalrps.data.tally import tally
 from megalrps.errors import InputError
-from megalrps.fingerprint import canonical_json
 
 Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
@@ -80,8 +78,7 @@ class UnionSource:
         sizes = [part.samples_per_epoch for part in parts]
         self._starts = np.cumsum([0, *sizes[:-1]], dtype=np.int64)
         self.samples_per_epoch = sum(sizes)
-        self._key = key
-        self._permutations: dict[int, KeyedPermutation] = {}
+        self._drawn = EpochOrders(self.samples_per_epoch, key)
         # A part is always drawn from its beginning here, so each epoch has the same samples of each increment.
         drawn = [part.consumed(size) for part, size in zip(parts, sizes, strict=True)]
         counts = [count for of_part in drawn for count in of_part.values()]
@@ -103,21 +100,9 @@ class UnionSource:
 
     def _numbered(self, indices: npt.NDArray[np.int64]) -> Places:
         """The part of each sample, and its number in the part's own order."""
-        epochs, places = np.divmod(indices, self.samples_per_epoch)
-        numbers = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            of_epoch = epochs == epoch
-            numbers[of_epoch] = self._permutation(int(epoch))(places[of_epoch])
+        numbers = self._drawn(indices)
         members = np.searchsorted(self._starts, numbers, side="right") - 1
         return members, numbers - self._starts[members]
-
-    def _permutation(self, epoch: int) -> KeyedPermutation:
-        if epoch < 0:
-            raise ValueError("sample indices start at 0")
-        if epoch not in self._permutations:
-            key = hashlib.blake2b(canonical_json({"epoch": epoch, **self._key}).encode()).digest()
-            self._permutations[epoch] = KeyedPermutation(self.samples_per_epoch, key)
-        return self._permutations[epoch]
 
 
 def source_over(

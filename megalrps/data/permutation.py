@@ -9,12 +9,14 @@ The order defined here is for ever: checkpoints refer to samples by their place 
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megalrps.errors import InputError
+from megalrps.fingerprint import canonical_json
 
 try:
     import megalrps._native as _native
@@ -64,6 +66,39 @@ class KeyedPermutation:
         if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < self.size):
             raise ValueError(f"indices must lie in [0, {self.size})")
         return _permute(indices, self.size, self._round_keys)
+
+
+class EpochOrders:
+    """The order in which ``size`` samples are drawn, epoch after epoch: each draws every one once, in its own order.
+
+    ``key`` is all that decides the order beside the epoch: JSON values. Several threads may draw at once.
+    """
+
+    def __init__(self, size: int, key: Mapping[str, object]) -> None:
+        self.size = size
+        self._key = dict(key)
+        self._permutations: dict[int, KeyedPermutation] = {}
+
+    def __call__(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The number in [0, size) of each of draws ``indices`` [n] (int64), [n]; ValueError for a negative one."""
+        size, listed = self.size, indices.tolist()
+        epoch = listed[0] // size if listed else 0
+        if not listed or (min(listed) >= epoch * size and max(listed) < (epoch + 1) * size):  # nearly always
+            return self._permutation(epoch)(indices - epoch * size if epoch else indices)
+        epochs, places = np.divmod(indices, size)
+        drawn = np.empty_like(places)
+        for each in np.unique(epochs):
+            of_epoch = epochs == each
+            drawn[of_epoch] = self._permutation(int(each))(places[of_epoch])
+        return drawn
+
+    def _permutation(self, epoch: int) -> KeyedPermutation:
+        if epoch < 0:
+            raise ValueError("sample indices start at 0")
+        if epoch not in self._permutations:
+            key = hashlib.blake2b(canonical_json({"epoch": epoch, **self._key}).encode()).digest()
+            self._permutations[epoch] = KeyedPermutation(self.size, key)
+        return self._permutations[epoch]
 
 
 def _round_keys(size: int, key: bytes) -> npt.NDArray[np.uint64]:

@@ -9,7 +9,6 @@ packed whole (:mod:`megalrps.data.packing`). The samples of all increments of th
 other, and each epoch draws every one once, in the order of a keyed permutation.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ import numpy.typing as npt
 from megalrps.data.increment import OpenIncrement
 from megalrps.data.index_format import bin_path
 from megalrps.data.packing import PackedDocuments, Packing, damaged_index, outside_vocabulary
-from megalrps.data.permutation import KeyedPermutation
+from megalrps.data.permutation import EpochOrders
 from megalrps.data.tally import tally
 from megalrps.data.windows import IndexDamagedError, TokenOutsideError
 from megalrps.errors import InputError
-from megalrps.fingerprint import canonical_json
 
 _Rows = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32] | None, npt.NDArray[np.bool_] | None]
 
@@ -105,21 +103,21 @@ class SampleStream:
         self.reading = reading or Reading()
         _check_one_tokenizer(self.increments)
         self._parts: list[_Windows | PackedDocuments] = []
-        self._key: dict[str, object] = {"increments": [each.manifest.fingerprint for each in increments], "seed": seed}
+        key: dict[str, object] = {"increments": [each.manifest.fingerprint for each in increments], "seed": seed}
         self.notes = ()
         if self.reading.pack:
             packing = Packing.of_length(sequence_length)
             packed = [PackedDocuments(each, packing, self.reading.cache) for each in increments]
             self.notes = tuple(each.note for each in packed if each.note is not None)
             self._parts += packed
-            self._key["packing"] = packing.identity()
+            key["packing"] = packing.identity()
         else:
             self._parts += [_Windows(each, sequence_length, self.reading.documents) for each in increments]
         counts = [part.count for part in self._parts]
         self._counts = np.array(counts, np.int64)
         self._firsts = np.cumsum([0, *counts[:-1]], dtype=np.int64)
         self.samples_per_epoch = sum(counts)
-        self._permutations: dict[int, KeyedPermutation] = {}
+        self._drawn = EpochOrders(self.samples_per_epoch, key)
 
     def locate(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Where samples ``indices`` [n] (int64, >= 0) lie: ordinal of increment and number of sample in it, both [n].
@@ -153,19 +151,6 @@ class SampleStream:
         counts = tally(self.locate, self._counts, start, count).tolist()
         return dict(zip((increment.manifest.name for increment in self.increments), counts, strict=True))
 
-    def _drawn(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The numbers of samples ``indices`` [n] among those of all increments, [n]."""
-        size, listed = self.samples_per_epoch, indices.tolist()
-        epoch = listed[0] // size if listed else 0
-        if not listed or (min(listed) >= epoch * size and max(listed) < (epoch + 1) * size):  # nearly always
-            return self._permutation(epoch)(indices - epoch * size if epoch else indices)
-        epochs, places = np.divmod(indices, size)
-        drawn = np.empty_like(places)
-        for each in np.unique(epochs):
-            of_epoch = epochs == each
-            drawn[of_epoch] = self._permutation(int(each))(places[of_epoch])
-        return drawn
-
     def _joined(self, ordinals: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]) -> _Rows:
         """Rows out of several increments, in the order of the samples."""
         count, length = len(ordinals), self.sequence_length
@@ -183,14 +168,6 @@ class SampleStream:
                 if counted_BS is not None and counted is not None:
                     counted_BS[rows] = counted
         return tokens_BS, starts_BS, counted_BS
-
-    def _permutation(self, epoch: int) -> KeyedPermutation:
-        if epoch < 0:
-            raise ValueError("sample indices start at 0")
-        if epoch not in self._permutations:
-            key = hashlib.blake2b(canonical_json({"epoch": epoch, **self._key}).encode()).digest()
-            self._permutations[epoch] = KeyedPermutation(self.samples_per_epoch, key)
-        return self._permutations[epoch]
 
 
 class _Windows:
