@@ -35,7 +35,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from machine import processor
+from machine import cpu
 from rank_processes import on_ranks
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -188,12 +188,7 @@ def describe(load_before: tuple[float, float, float]) -> dict[str, Any]:
         "file cache; MB = 10^6 bytes; ratio = ours / peer in seconds, of the medians: below 1 is faster",
         "command": shlex.join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
-        "device": {
-            "kind": "cpu",
-            "architecture": platform.machine(),
-            "processor": processor(),
-            "cores": os.cpu_count(),
-        },
+        "device": cpu(),
         "load_average": {"before": _rounded(load_before), "after": _rounded(os.getloadavg())},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }

@@ -35,7 +35,7 @@ from typing import Any
 
 from data_commands import ROOT, Megatron, Tool, compare_tools, compare_workers, run, tools
 from data_streams import in_turns, medians
-from machine import processor
+from machine import cpu
 
 PACKAGES = ("gigatoken", "numpy", "orjson", "sentencepiece", "tokenizers")
 PEER_PACKAGES = ("awkward", "gigatoken", "numpy", "sentencepiece", "tokenizers", "torch", "transformers")
@@ -209,12 +209,7 @@ def describe(work: Work) -> dict[str, Any]:
         "megabytes are 10^6 bytes",
         "options": {name: value for name, value in shown.items() if name not in hidden},
         "date": datetime.now(UTC).date().isoformat(),
-        "device": {
-            "kind": "cpu",
-            "architecture": platform.machine(),
-            "processor": processor(),
-            "cores": os.cpu_count(),
-        },
+        "device": cpu(),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},

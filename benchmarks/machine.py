@@ -1,7 +1,9 @@
 """What a benchmark says of the machine that it ran on."""
 
+import os
 import platform
 from pathlib import Path
+from typing import Any
 
 
 def processor() -> str:
@@ -11,3 +13,13 @@ def processor() -> str:
     except OSError:
         return platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def cpu() -> dict[str, Any]:
+    """The device of a benchmark that ran on the processor."""
+    return {
+        "kind": "cpu",
+        "architecture": platform.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+    }

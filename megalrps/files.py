@@ -24,6 +24,13 @@ def sync_directory(directory: Path) -> None:
     sync_file(directory)
 
 
+def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:
+    """Write all of ``content`` where the open file stands; OSError where the disk takes no more."""
+    view = memoryview(content).cast("B")
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of ``path`` when the block ends, and leaves no trace when it raises.
@@ -53,9 +60,7 @@ def write_text(path: Path | str, text: str) -> None:
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         try:
-            content = memoryview(text.encode())
-            while len(content):
-                content = content[os.write(descriptor, content) :]
+            write_all(descriptor, text.encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -10,7 +10,7 @@ from megalrps.checkpoint.manifest import MANIFEST_FILE, Manifest, corrupt, read_
 from megalrps.checkpoint.names import PARTIAL, check_name, hidden_name
 from megalrps.checkpoint.shards import Shard, open_shard
 from megalrps.errors import InputError
-from megalrps.files import sync_directory, write_text
+from megalrps.files import sync_directory, write_all, write_text
 
 _BLOCK_BYTES = 8 << 20
 
@@ -63,8 +63,7 @@ def _copy_shard(source: Path, shard: Shard, target: Path, progress: Callable[[in
             digest.update(block)
             position += len(block)
             progress(len(block))
-            while len(block):
-                block = block[os.write(written, block) :]
+            write_all(written, block)
         os.fsync(written)
     except _UnreadableError as error:
         return str(error)

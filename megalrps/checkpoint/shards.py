@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from megalrps.files import write_all
+
 ALIGNMENT_BYTES = 64
 """Each chunk begins at a multiple of this, so that a mapped file can be read as an array of any type."""
 
@@ -83,18 +85,14 @@ class ShardWriter:
     def _write(self, block: memoryview) -> None:
         if len(block) < _INLINE_BYTES:
             self._digest.update(block)
-            self._write_all(block)
+            write_all(self._descriptor, block)
         else:
             hashed = self._hasher.submit(self._digest.update, block)
             try:
-                self._write_all(block)
+                write_all(self._descriptor, block)
             finally:
                 hashed.result()
         self._position += len(block)
-
-    def _write_all(self, block: memoryview) -> None:
-        while len(block):
-            block = block[os.write(self._descriptor, block) :]
 
 
 class ShardFiles:

@@ -5,9 +5,8 @@ A blend is a manifest alone, ``PREFIX.json``; its members stay the increments th
 
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,15 @@ from typing import Any
 from megalrps.data.apportionment import shares_of
 from megalrps.data.increment import OpenIncrement, open_increment
 from megalrps.data.indexed import bin_path, idx_path, manifest_path
-from megalrps.data.manifest import IncrementManifest, TokenizerIdentity, check_increment_name
+from megalrps.data.manifest import (
+    DIGEST,
+    LARGEST_MANIFEST,
+    IncrementManifest,
+    TokenizerIdentity,
+    check_increment_name,
+    checked_body,
+    typed_fields,
+)
 from megalrps.data.remote import is_url, remote_manifest
 from megalrps.errors import InputError
 from megalrps.exact import exact_share
@@ -25,10 +32,8 @@ from megalrps.fingerprint import fingerprint
 FORMAT = "megalrps-blend"
 VERSION = 1
 
-_LARGEST_FILE = 1 << 24
 _HEAD = 4096
 _REMAKE = "run tools/blend_increments.py again"
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -80,19 +85,13 @@ class BlendManifest:
     @classmethod
     def from_json(cls, value: Any) -> "BlendManifest":
         """The manifest of a stored object; ValueError says what is wrong with it."""
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise ValueError(f"it does not say format {FORMAT!r}")
-        if value.get("version") != VERSION:
-            raise ValueError(f"format version {value.get('version')!r}, where only {VERSION} is known")
-        body = {key: item for key, item in value.items() if key != "digest"}
-        if value.get("digest") != fingerprint(body):
-            raise ValueError("its digest does not fit its content")
+        body = checked_body(value, FORMAT, range(VERSION, VERSION + 1))
         if not isinstance(body.get("members"), list):
             raise ValueError("members is not a list")
         manifest = cls(
             name=_text(body.get("name")),
-            tokenizer=TokenizerIdentity(**_typed(TokenizerIdentity, body.get("tokenizer"))),
-            members=tuple(BlendMember(**_typed(BlendMember, each)) for each in body["members"]),
+            tokenizer=TokenizerIdentity(**typed_fields(TokenizerIdentity, body.get("tokenizer"))),
+            members=tuple(BlendMember(**typed_fields(BlendMember, each)) for each in body["members"]),
         )
         manifest.check()
         return manifest
@@ -111,7 +110,7 @@ class BlendManifest:
                     "one of them again with another --name"
                 )
         contents = [member.fingerprint for member in self.members]
-        if not all(_DIGEST.fullmatch(content) for content in contents):
+        if not all(DIGEST.fullmatch(content) for content in contents):
             raise ValueError("a fingerprint is not 64 hexadecimal digits")
         if len(set(contents)) != len(contents):
             raise InputError("two members have the same content: name each dataset once, with the sum of its weights")
@@ -236,7 +235,7 @@ def _read(prefix: Path | str) -> BlendManifest:
     path = manifest_path(prefix)
     try:
         with open(path, "rb") as file:
-            content = file.read(_LARGEST_FILE)
+            content = file.read(LARGEST_MANIFEST)
         return BlendManifest.from_json(json.loads(content))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the data path") from error
@@ -265,15 +264,4 @@ def _place(prefix: Path | str, member: BlendMember) -> str:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("name is not a text")
-    return value
-
-
-def _typed(kind: type, value: Any) -> Mapping[str, Any]:
-    """``value``, if it has exactly the fields of the dataclass ``kind``, each of its type; or ValueError."""
-    types = {field.name: field.type for field in fields(kind)}
-    if not isinstance(value, dict) or value.keys() != types.keys():
-        raise ValueError(f"it does not have exactly the fields {', '.join(types)}")
-    wrong = [name for name, expected in types.items() if type(value[name]) is not expected]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: not of the right type")
     return value

@@ -23,6 +23,8 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megalrps.files import write_all
+
 BLOCK_BYTES = 1 << 20
 """Large enough that the leaves are 0.003 % of the data, small enough to be fetched alone."""
 GROUP_BLOCKS = 4096
@@ -169,13 +171,6 @@ class DigestingFile:
         write_all(self._descriptor, block)
         self._whole.update(block)
         self._leaves.add(hashlib.sha256(block).digest())
-
-
-def write_all(descriptor: int, content: Bytes) -> None:
-    """Write all of ``content`` where the file stands; OSError where the disk takes no more."""
-    view = memoryview(content).cast("B")
-    while len(view):
-        view = view[os.write(descriptor, view) :]
 
 
 def merged_ranges(numbers: Iterable[int], block_bytes: int, size: int) -> tuple[tuple[int, int], ...]:

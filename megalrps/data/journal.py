@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from megalrps.data.encode import PART_SUFFIX, EncodedPart, part_path, partial_part_path
 from megalrps.errors import InputError
+from megalrps.files import write_all
 from megalrps.fingerprint import canonical_json, file_digest, fingerprint
 
 VERSION = 1
@@ -114,9 +115,7 @@ class Work:
         """Append ``entry``; where its line begins."""
         place = os.lseek(self._journal, 0, os.SEEK_CUR)
         text = canonical_json(dict(entry)).encode()
-        content = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
-        while len(content):
-            content = content[os.write(self._journal, content) :]
+        write_all(self._journal, b"%08x %s\n" % (zlib.crc32(text), text))
         return place
 
 

@@ -29,7 +29,7 @@ _WITHOUT_BLOCKS = 1
 LARGEST_MANIFEST = 1 << 24
 """Bytes; the digests of 4 GiB of tokens take 70."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 _NOT_YET = "0" * 64
 
 
@@ -102,9 +102,9 @@ class IncrementManifest:
     @classmethod
     def from_json(cls, value: Any) -> "IncrementManifest":
         """The manifest of a stored object; ValueError says what is wrong with it."""
-        body = _checked_body(value)
+        body = checked_body(value, FORMAT, range(_WITHOUT_BLOCKS, VERSION + 1))
         blocks = _stored_blocks(body.pop("blocks", None)) if value["version"] == VERSION else None
-        tokenizer = TokenizerIdentity(**_typed_fields(TokenizerIdentity, body.pop("tokenizer", None)))
+        tokenizer = TokenizerIdentity(**typed_fields(TokenizerIdentity, body.pop("tokenizer", None)))
         sources = body.pop("sources", None)
         if not _is_list_of_text(sources):
             raise ValueError("sources is not a list of file names")
@@ -112,7 +112,7 @@ class IncrementManifest:
             tokenizer=tokenizer,
             sources=tuple(sources),
             blocks=blocks,
-            **_typed_fields(cls, body, ("tokenizer", "sources", "blocks")),
+            **typed_fields(cls, body, ("tokenizer", "sources", "blocks")),
         )
         manifest.check()
         return manifest
@@ -128,7 +128,7 @@ class IncrementManifest:
         if self.dtype not in DTYPE_CODES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_CODES)}")
         groups = () if self.blocks is None else (*self.blocks.bin_groups, *self.blocks.idx_groups)
-        if not all(_DIGEST.fullmatch(digest) for digest in (self.bin_digest, self.idx_digest, *groups)):
+        if not all(DIGEST.fullmatch(digest) for digest in (self.bin_digest, self.idx_digest, *groups)):
             raise ValueError("a digest is not 64 hexadecimal digits")
         if self.blocks is not None:
             self.blocks.check(self.bin_bytes, self.idx_bytes)
@@ -262,21 +262,20 @@ def parse_manifest(content: bytes, name: str) -> IncrementManifest:
         raise InputError(f"{name}: not a valid increment manifest ({error}); {REMAKE}") from None
 
 
-def _checked_body(value: Any) -> dict[str, Any]:
-    """The fields of a stored manifest whose format, version and digest are right."""
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ValueError(f"it does not say format {FORMAT!r}")
-    if type(value.get("version")) is not int or value["version"] not in (_WITHOUT_BLOCKS, VERSION):
-        raise ValueError(
-            f"format version {value.get('version')!r}, where only {_WITHOUT_BLOCKS} to {VERSION} are known"
-        )
+def checked_body(value: Any, stored_format: str, versions: range) -> dict[str, Any]:
+    """The fields of a stored manifest whose format, version and digest are right; ValueError says what is not."""
+    if not isinstance(value, dict) or value.get("format") != stored_format:
+        raise ValueError(f"it does not say format {stored_format!r}")
+    if type(value.get("version")) is not int or value["version"] not in versions:
+        known = f"{versions[0]} is" if len(versions) == 1 else f"{versions[0]} to {versions[-1]} are"
+        raise ValueError(f"format version {value.get('version')!r}, where only {known} known")
     body = {key: item for key, item in value.items() if key != "digest"}
     if value.get("digest") != fingerprint(body):
         raise ValueError("its digest does not fit its content")
     return {key: item for key, item in body.items() if key not in ("format", "version")}
 
 
-def _typed_fields(kind: type, value: Any, without: tuple[str, ...] = ()) -> Mapping[str, Any]:
+def typed_fields(kind: type, value: Any, without: tuple[str, ...] = ()) -> Mapping[str, Any]:
     """``value``, if it has the fields of the dataclass ``kind`` but ``without``, each of its type; or ValueError."""
     types = {field.name: field.type for field in fields(kind) if field.name not in without}
     if not isinstance(value, dict) or value.keys() != types.keys():
@@ -292,7 +291,7 @@ def _stored_blocks(value: Any) -> BlockDigests:
     lists = ("bin_groups", "idx_groups")
     if not isinstance(value, dict) or not all(_is_list_of_text(value.get(name)) for name in lists):
         raise ValueError("blocks does not have two lists of digests")
-    numbers = _typed_fields(BlockDigests, {key: item for key, item in value.items() if key not in lists}, lists)
+    numbers = typed_fields(BlockDigests, {key: item for key, item in value.items() if key not in lists}, lists)
     bin_groups, idx_groups = (tuple(value[name]) for name in lists)
     return BlockDigests(bin_groups=bin_groups, idx_groups=idx_groups, **numbers)
 

@@ -49,7 +49,6 @@ class Loop:
         self.options = run.job.config.training
         self.plan = run.job.plan
         self.state = run.state
-        self._streams: dict[Window, SampleSource] = {}
         self._opening = threading.Lock()
         threads = run.job.config.data.num_workers
         self.feed = Feed(self._read, threads=threads, lanes=lanes_to(run.mesh.data.device))
@@ -211,9 +210,7 @@ class Loop:
 
     def _stream(self, window: Window) -> SampleSource:
         with self._opening:
-            if window not in self._streams:
-                self._streams[window] = self.run.job.stream(window)
-            return self._streams[window]
+            return self.run.job.stream(window)
 
     def metrics(self, segment: Segment, step: int, result: StepResult, seconds: float, waited: float) -> StepMetrics:
         """The line of metrics of update ``step``, which took ``seconds``, ``waited`` of them for its data."""

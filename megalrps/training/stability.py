@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalrps.errors import DivergedError
-from megalrps.files import locked, sync_directory
+from megalrps.files import locked, sync_directory, write_all
 from megalrps.training.options import StabilityOptions
 from megalrps.training.state import TrainState
 from megalrps.training.step import StepResult
@@ -132,8 +132,7 @@ def append_event(path: Path, event: Mapping[str, Any]) -> None:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a kill has cut the last line short
                 line = b"\n" + line
-            while line:
-                line = line[os.write(descriptor, line) :]
+            write_all(descriptor, line)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -1,9 +1,11 @@
-"""Small increments of the storage and stream tests."""
+"""Small increments of the storage and stream tests, and a tokenizer for small texts."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from small_preprocessing import train_small_tokenizer
 
 from megalrps.data.increment import open_increment
 from megalrps.data.indexed import IndexedDatasetWriter
@@ -33,3 +35,9 @@ def make_increment(tmp_path_factory):
         return open_increment(prefix)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of :mod:`small_preprocessing`."""
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))

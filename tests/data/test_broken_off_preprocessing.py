@@ -5,7 +5,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from small_preprocessing import changed, contents, small_options, train_small_tokenizer
+from small_preprocessing import changed, contents, small_options
 
 from megalrps.data.encode import EncodedPart, PartEncoder
 from megalrps.data.index_writer import locked_partial
@@ -16,11 +16,6 @@ from megalrps.data.preprocess_options import (
 )
 from megalrps.data.workers import WorkerProcesses
 from megalrps.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import zstandard
-from small_preprocessing import TEXTS, changed, contents, small_options, train_small_tokenizer, write_lines
+from small_preprocessing import TEXTS, changed, contents, small_options, write_lines
 
 from megalrps.data.fast_check import CheckedTokenizer
 from megalrps.data.increment import open_increment
@@ -24,11 +24,6 @@ from megalrps.data.preprocess_options import (
 from megalrps.data.tokenizer import Encoded
 from megalrps.errors import InputError
 from megalrps.fingerprint import file_digest
-
-
-@pytest.fixture(scope="module")
-def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

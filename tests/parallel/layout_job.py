@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -233,6 +234,17 @@ def trained(case: Case, between: Callable[[TrainState, int], None] | None = None
 def trained_together(run_ranks: Callable[..., list[Any]], case: Case, function: Callable[..., Pieces]) -> Found:
     """What ``function(rank, case)`` gives on all ranks of the case's layout, put together."""
     return together(run_ranks(case.ranks, function, case) if case.ranks > 1 else [function(0, case)])
+
+
+@cache
+def expected(case: Case) -> Found:
+    """What one process finds."""
+    return together([trained(case.alone)])
+
+
+def rank_trains(rank: int, case: Case) -> Pieces:
+    """What each rank does."""
+    return trained(case)
 
 
 def errors(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:

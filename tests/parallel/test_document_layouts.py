@@ -7,15 +7,14 @@ out a batch hold unequal counts.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cache
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from layout_job import CLIP, Case, case_name, errors, trained, trained_together
-from rank_pieces import Found, Pieces, together
+from layout_job import CLIP, Case, case_name, errors, expected, rank_trains, trained, trained_together
+from rank_pieces import Pieces, together
 
 from megalrps.model.activation_options import ActivationOptions
 from megalrps.parallel import pipeline
@@ -46,21 +45,12 @@ CASES = (
 )
 
 
-@cache
-def expected(case: Case) -> Found:
-    return together([trained(case.alone)])
-
-
-def _rank_trains(rank: int, case: Case) -> Pieces:
-    return trained(case)
-
-
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_losses_gradients_and_parameters_are_those_of_one_process(run_ranks, case: Case):
     wanted = expected(case)
     assert np.all(wanted["norms"] > CLIP)
     assert ("evaluated" in wanted) == bool(case.documents)
-    found = trained_together(run_ranks, case, _rank_trains)
+    found = trained_together(run_ranks, case, rank_trains)
     wrong = {name: error for name, error in errors(found, wanted).items() if not error <= tolerance(name)}
     assert not wrong
 

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from layout_job import Case, errors, trained
-from rank_pieces import Found, Pieces, together
+from layout_job import Case, errors, expected, trained
+from rank_pieces import Pieces, together
 
 from megalrps.model.tensor_layers import TensorLayers
 from megalrps.parallel import gradient_sums, tensor
@@ -173,11 +172,6 @@ FAULTS: dict[str, tuple[Case, Callable[[], Fault]]] = {
     "weight products lost": (ZERO_BUBBLE, one_micro_batch_without_weights),
     "loss of a micro-batch left out": (PIPELINE, loss_of_one_micro_batch_left_out),
 }
-
-
-@cache
-def expected(case: Case) -> Found:
-    return together([trained(case.alone)])
 
 
 def _rank_errs(rank: int, fault: str) -> Pieces:

@@ -5,12 +5,10 @@ compared with the same model, batch and updates on one process in one pass.
 """
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
-from layout_job import CLIP, Case, case_name, errors, trained, trained_together
-from rank_pieces import Found, Pieces, together
+from layout_job import CLIP, Case, case_name, errors, expected, rank_trains, trained_together
 
 from megalrps.model.activation_options import ActivationOptions
 
@@ -83,20 +81,11 @@ CASES = tuple(
 )
 
 
-@cache
-def expected(case: Case) -> Found:
-    return together([trained(case.alone)])
-
-
-def _rank_trains(rank: int, case: Case) -> Pieces:
-    return trained(case)
-
-
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_losses_gradients_and_parameters_are_those_of_one_process(run_ranks, case: Case):
     wanted = expected(case)
     assert np.all(wanted["norms"] > CLIP), "the threshold must clip, or the test says nothing about clipping"
-    found = trained_together(run_ranks, case, _rank_trains)
+    found = trained_together(run_ranks, case, rank_trains)
     wrong = {name: error for name, error in errors(found, wanted).items() if not error <= tolerance(name)}
     assert not wrong
 
@@ -108,7 +97,7 @@ def tolerance(name: str) -> float:
 def test_where_the_sums_are_the_same_the_bits_are(run_ranks):
     """What only moves the optimizer's state, or the moment of an exchange, changes no sum but that of the norm."""
     case = Case(dp=2, bucket=1000, micro_batch=2, clip=0.0)
-    whole = trained_together(run_ranks, case, _rank_trains)
+    whole = trained_together(run_ranks, case, rank_trains)
     for other in (replace(case, sharding="no_shard"), replace(case, overlap=False), replace(case, bucket=1)):
-        found = trained_together(run_ranks, other, _rank_trains)
+        found = trained_together(run_ranks, other, rank_trains)
         assert [name for name, value in whole.items() if not np.array_equal(value, found[name])] in ([], ["norms"])
